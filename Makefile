@@ -1,0 +1,36 @@
+# make demo: set up and run the main job. make test: set up and pass the tests. Nothing else is needed first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-fast lint clean
+
+demo: .venv/installed
+	@if [ -f runs/demo/config.yaml ] && [ ! -f runs/demo/samples.png ]; then \
+		echo "An unfinished demo is in runs/demo: resuming it."; \
+		$(BIN)/ddpm-search resume runs/demo; \
+	else \
+		[ ! -d runs/demo ] || echo "A finished demo is in runs/demo: starting afresh."; \
+		rm -rf runs/demo; \
+		$(BIN)/ddpm-search run digits --name demo; \
+	fi
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The mark is written last: a cut installation is made again.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "ddpm-search needs Python 3.11 or newer")'
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,29 @@
+"""How images are drawn and scored: settings shared by the rungs and the final stage."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from trainer.config import Config
+
+
+class SamplerConfig(Config):
+    """One sampler for all trials of a ranking."""
+
+    name: Literal["ddpm", "ddim"] = "ddim"
+    steps: int = Field(50, ge=1, description="denoising steps; cut to the schedule's T where that is smaller")
+    eta: float = Field(0.0, ge=0, le=1, description="ddim: 0 draws no noise on the way, 1 as much as ddpm")
+    variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
+    block_size: int = Field(100, ge=1, description="images a block; one generator a block, so part of the seed")
+    seed: int = Field(0, ge=0)
+
+
+class FinalStageConfig(Config):
+    """The final stage: the best trials' images, drawn over the cluster and scored."""
+
+    top: int = Field(5, ge=1, description="trials that are scored")
+    images: int = Field(10_000, ge=2, description="images a trial")
+    split_size: int = Field(5_000, ge=2, description="images a split of the score")
+    sampler: SamplerConfig = SamplerConfig()
+    extractor: Literal["auto", "classifier", "inception"] = "auto"
+    inception_weights: str | None = Field(None, description="path of torch-fidelity's weights file")

@@ -1,0 +1,368 @@
+"""Images → class probabilities and features, by a small classifier of the data set's own labels or by Inception V3.
+
+N images · H,W pixels · C channels (1 or 3) · K classes · D features. Images are uint8 (N, H, W, C), NumPy or torch.
+Networks compute in float32 without TF32, the last layer and the softmax in float64.
+"""
+
+import copy
+import hashlib
+import io
+import itertools
+import json
+import logging
+import shutil
+import tempfile
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from evaluation.scores import Array, softmax_float64
+
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+CLASSIFIER_VERSION = 1  # of the architecture and the recipe below: part of a cached classifier's name
+
+log = logging.getLogger(__name__)
+
+
+class Extraction(NamedTuple):
+    """Of N images, in their order."""
+
+    probabilities: Array  # (N, K) float64
+    features: np.ndarray  # (N, D) float32
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+        self.first_norm = nn.BatchNorm2d(channels_out)
+        self.second = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.second_norm = nn.BatchNorm2d(channels_out)
+        same = channels_in == channels_out
+        self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.first_norm(self.first(x)))
+        return F.relu(self.second_norm(self.second(h)) + self.skip(x))
+
+
+class ClassifierNet(nn.Module):
+    """A residual CNN: one stage a width, resolution halved between stages; features are the 64 pooled channels."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int, classes: int, image_size: int) -> None:
+        super().__init__()
+        # 8 px digits need two small stages; above 16 px there is more to see, and more data to learn it from.
+        widths = (32, 64) if image_size <= 16 else (64, 128, 128, 64)
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))  # of the training images, in 0..1
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+        layers: list[nn.Module] = [
+            nn.Conv2d(channels, widths[0], 3, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(),
+            _Residual(widths[0], widths[0]),
+        ]
+        for before, width in itertools.pairwise(widths):
+            # Not max pooling: on CUDA its gradient is summed in no fixed order.
+            layers += [nn.AvgPool2d(2, ceil_mode=True), _Residual(before, width)]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(widths[-1], classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) → float32 (N, 64)."""
+        return self.pooled(self.normalise(images))
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) → float32 of the training images' mean 0 and standard deviation 1 a channel."""
+        return (images.float() / 255 - self.mean) / self.std
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Normalised images (N, C, H, W) → (N, 64)."""
+        pooled: Tensor = self.body(x).mean(dim=(2, 3))
+        return pooled
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A trained classifier of a data set's own labels. Its score is the classifier score, never the Inception Score."""
+
+    net: ClassifierNet
+    classes: int
+    channels: int
+    image_size: int
+    accuracy: float  # share of held-out images that are classified right
+    held_out: int  # images behind that share
+    seed: int
+
+    name = "classifier"
+    score_name = "classifier score"
+
+    def extract(self, images: np.ndarray | Tensor, batch_size: int = 500) -> Extraction:
+        """uint8 (N, H, W, C) of the trained number of channels → Extraction with K classes and D = 64.
+
+        Raises ValueError where the shape or type is another.
+        """
+        batch = _check_images(images)
+        if batch.shape[3] != self.channels:
+            raise ValueError(f"the classifier knows images of {self.channels} channels, but got {batch.shape[3]}")
+        device = self.net.head.weight.device
+        return _extract(batch, batch_size, device, self.net.features, self.net.head.weight, self.net.head.bias)
+
+    def to(self, device: str | torch.device) -> "Classifier":
+        """The same classifier on another device; this one stays where it is."""
+        return replace(self, net=copy.deepcopy(self.net).to(device))
+
+    def save(self, folder: Path) -> None:
+        """Write `weights.safetensors` and `classifier.json` (with the weights' SHA-256) into an existing folder."""
+        weights = save_tensors({name: t.detach().cpu().contiguous() for name, t in self.net.state_dict().items()})
+        (folder / "weights.safetensors").write_bytes(weights)
+        meta = {k: v for k, v in vars(self).items() if k != "net"}
+        meta |= {"version": CLASSIFIER_VERSION, "sha256": hashlib.sha256(weights).hexdigest()}
+        (folder / "classifier.json").write_text(json.dumps(meta, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Classifier":
+        """Read what `save` wrote, onto the CPU.
+
+        Raises ValueError where a file is missing, damaged or of another version.
+        """
+        try:
+            meta = json.loads((folder / "classifier.json").read_text())
+            weights = (folder / "weights.safetensors").read_bytes()
+            digest, version = meta.pop("sha256"), meta.pop("version")
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{folder} holds no readable classifier: {error}") from error
+        if version != CLASSIFIER_VERSION or hashlib.sha256(weights).hexdigest() != digest:
+            raise ValueError(f"{folder} holds a damaged classifier, or one of another version: delete it")
+        with torch.random.fork_rng(devices=[]):  # building layers draws initial weights
+            net = ClassifierNet(meta["channels"], meta["classes"], meta["image_size"])
+        net.load_state_dict(load_tensors(weights))
+        return cls(net.eval().requires_grad_(False), **meta)
+
+
+def train_classifier(
+    images: np.ndarray | Tensor,
+    labels: np.ndarray | Tensor,
+    held_out_images: np.ndarray | Tensor,
+    held_out_labels: np.ndarray | Tensor,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    epochs: int = 30,
+    horizontal_flip: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Classifier:
+    """Train a classifier, and state its accuracy on images it has not seen.
+
+    images, held_out_images: uint8 (N, H, W, C); labels, held_out_labels: (N,) integers 0..K-1, all K among the
+    training labels. progress is told (epochs done, epochs). The same seed gives the same classifier on the same device
+    type and number of threads; the caller's random numbers are not touched.
+    Raises ValueError where images or labels are not of that form.
+    """
+    x, y = _check_images(images).permute(0, 3, 1, 2), _check_labels(labels, len(images))
+    held_out, truth = _check_images(held_out_images), _check_labels(held_out_labels, len(held_out_images))
+    classes = int(y.max()) + 1
+    if len(y.unique()) != classes or int(truth.max()) >= classes or classes < 2:
+        last = max(classes - 1, int(truth.max()), 1)
+        raise ValueError(f"training labels must cover every class 0..{last}, but are {y.unique().tolist()}")
+    device = torch.device(device)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: one order of images whatever the device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = ClassifierNet(x.shape[1], classes, min(x.shape[2:])).to(device)
+    net.mean.copy_((x.double().mean(dim=(0, 2, 3)) / 255)[:, None, None])
+    net.std.copy_((x.double().std(dim=(0, 2, 3)) / 255).clamp_min(1e-3)[:, None, None])
+    x, y = x.to(device), y.to(device)
+
+    batch_size = min(64 if len(x) < 10_000 else 256, len(x))
+    steps = len(x) // batch_size
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=epochs * steps)
+    net.train()
+    with _reproducible_convolutions():
+        for epoch in range(epochs):
+            order = torch.randperm(len(x), generator=generator)
+            for step in range(steps):
+                index = order[step * batch_size : (step + 1) * batch_size].to(device)
+                batch = _augment(net.normalise(x[index]), generator, horizontal_flip)
+                loss = F.cross_entropy(net.head(net.pooled(batch)), y[index])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+            if progress is not None:
+                progress(epoch + 1, epochs)
+    net.eval().requires_grad_(False)
+    classifier = Classifier(net, classes, x.shape[1], min(x.shape[2:]), 0.0, len(truth), seed)
+    guesses = classifier.extract(held_out).probabilities.argmax(axis=1)
+    return replace(classifier, accuracy=float((guesses == truth.numpy()).mean()))
+
+
+def cached_classifier(cache_dir: Path, data_key: str, make: Callable[[], Classifier]) -> Classifier:
+    """The classifier stored under data_key (a hash of the data and its split), or `make()`, which is then stored.
+
+    On the CPU: see Classifier.to. Processes that start at once may each make one; the first one stored is what all of
+    them return. A damaged one is made again.
+    """
+    final = cache_dir / f"classifier-v{CLASSIFIER_VERSION}-{data_key}"
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".making-") as scratch:
+        if final.exists():
+            try:
+                return Classifier.load(final)
+            except ValueError as error:
+                log.warning("making the classifier again: %s", error)
+                with suppress(FileNotFoundError):  # another process has moved it away
+                    final.rename(Path(scratch) / "damaged")
+        made = make()
+        fresh = Path(scratch) / "fresh"
+        fresh.mkdir()
+        made.save(fresh)
+        try:
+            fresh.rename(final)
+        except OSError:
+            return Classifier.load(final)  # another process was first: a folder that is not empty is never replaced
+        return made.to("cpu")
+
+
+class Inception:
+    """torch-fidelity's Inception V3: the 2015 TensorFlow graph whose scores are published. K = 1008, D = 2048."""
+
+    name = "inception"
+    score_name = "Inception Score"
+
+    def __init__(
+        self, weights: Path | None = None, device: str | torch.device = "cpu", sha256: str = INCEPTION_SHA256
+    ) -> None:
+        """weights: the file; None takes inception_path(), and downloads the file (91 MiB) to it where it is missing.
+
+        Raises FileNotFoundError where there is no file and none can be had, ValueError where its SHA-256 is another.
+        """
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        path = inception_path() if weights is None else weights
+        if not path.is_file():
+            if weights is not None:
+                raise FileNotFoundError(f"no Inception weights at {path}: put {INCEPTION_URL} there")
+            _download_inception(path)
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != sha256:  # before anything reads the file as more than bytes
+            raise ValueError(f"{path} must have SHA-256 {sha256}, but has {digest}: put {INCEPTION_URL} there instead")
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        # torch-fidelity builds the network only together with its weights, and unpickles those in full: it is given
+        # tensors that were loaded safely and pickled again here.
+        tensors = io.BytesIO()
+        torch.save(state, tensors)
+        tensors.seek(0)
+        with torch.random.fork_rng(devices=[]):  # building layers draws initial weights
+            self.net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=tensors)
+        self.net.to(device)
+        self.device = torch.device(device)
+
+    def to(self, device: str | torch.device) -> "Inception":
+        """The same extractor on another device; this one stays where it is."""
+        moved = copy.copy(self)
+        moved.net, moved.device = copy.deepcopy(self.net).to(device), torch.device(device)
+        return moved
+
+    def extract(self, images: np.ndarray | Tensor, batch_size: int = 50) -> Extraction:
+        """uint8 (N, H, W, 1 or 3) of any size (grey is repeated to three channels) → Extraction, K = 1008, D = 2048."""
+        # The bias of the last layer is left out, as in every published Inception Score.
+        return _extract(_check_images(images), batch_size, self.device, self._features, self.net.fc.weight, None)
+
+    def _features(self, images: Tensor) -> Tensor:
+        features: Tensor = self.net(images.expand(-1, 3, -1, -1))[0]
+        return features
+
+
+Extractor = Classifier | Inception
+
+
+def inception_path() -> Path:
+    """Where the Inception weights are looked for when no path is given: torch-fidelity's own place, there or not."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+
+
+def _download_inception(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".download-", delete=False) as part:
+        try:
+            with urllib.request.urlopen(INCEPTION_URL, timeout=30) as response:
+                shutil.copyfileobj(response, part)
+            part.close()
+            Path(part.name).replace(path)
+        except OSError as error:
+            Path(part.name).unlink()
+            raise FileNotFoundError(
+                f"no Inception weights at {path}, and {INCEPTION_URL} cannot be reached ({error}): "
+                f"put the file {INCEPTION_FILE} there, or name its path"
+            ) from error
+
+
+def _extract(
+    images: Tensor,
+    batch_size: int,
+    device: torch.device,
+    features_of: Callable[[Tensor], Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Extraction:
+    if batch_size < 1:
+        raise ValueError(f"batch_size >= 1 must hold, but got {batch_size=}")
+    with torch.inference_mode(), _reproducible_convolutions():
+        parts = [features_of(batch.permute(0, 3, 1, 2).to(device)).cpu() for batch in images.split(batch_size)]
+        features = torch.cat(parts)
+        # float64 on the CPU: independent of the device's TF32 setting, and cheap beside the convolutions.
+        logits = features.double() @ weight.cpu().double().T
+        if bias is not None:
+            logits += bias.cpu().double()
+    return Extraction(softmax_float64(logits.numpy()), features.numpy())
+
+
+@contextmanager
+def _reproducible_convolutions() -> Iterator[None]:
+    """float32 convolutions without TF32 (whose 1e-3 is more than scores differ by), and one algorithm every time."""
+    with torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False, fp32_precision="ieee"
+    ):
+        yield
+
+
+def _augment(images: Tensor, generator: torch.Generator, horizontal_flip: bool) -> Tensor:
+    """Shift by up to an eighth of the side, turn by up to 0.15 rad, scale by up to e^0.1; normalised (N, C, H, W)."""
+    n = len(images)
+    shift_x, shift_y, turn, scale = 2 * torch.rand((4, n), generator=generator) - 1
+    turn, scale = 0.15 * turn, torch.exp(0.1 * scale)
+    cos, sin = scale * turn.cos(), scale * turn.sin()
+    mirror = torch.where(torch.rand(n, generator=generator) < 0.5, -1.0, 1.0) if horizontal_flip else torch.ones(n)
+    rows = torch.stack([cos * mirror, -sin, shift_x / 4, sin * mirror, cos, shift_y / 4], dim=1)
+    grid = F.affine_grid(rows.view(n, 2, 3).to(images.device), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)  # 0 is the mean of the images
+
+
+def _check_images(images: np.ndarray | Tensor) -> Tensor:
+    batch = torch.as_tensor(images)
+    if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] not in (1, 3) or 0 in batch.shape:
+        raise ValueError(f"images must be uint8 (N, H, W, 1 or 3), but got {batch.dtype} {tuple(batch.shape)}")
+    return batch
+
+
+def _check_labels(labels: np.ndarray | Tensor, count: int) -> Tensor:
+    values = torch.as_tensor(labels).cpu()
+    if values.shape != (count,) or values.is_floating_point() or (count and int(values.min()) < 0):
+        raise ValueError(f"labels must be {count} integers >= 0, but got {values.dtype} {tuple(values.shape)}")
+    return values.long()

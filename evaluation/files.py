@@ -1,0 +1,83 @@
+"""Images on disk: what `sample` writes and `score` reads."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from evaluation.pictures import save_grid_png
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+
+def write_images(images: np.ndarray, out: Path) -> None:
+    """(N, H, W, C) uint8 → a grid where `out` is FILE.png, an array `images` in FILE.npz, else a folder of PNG files.
+
+    Raises ValueError where a folder holds images of an earlier call, which would be mixed with these.
+    """
+    if out.suffix == ".png":
+        save_grid_png(out, images)
+    elif out.suffix == ".npz":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(out, images=images)
+    elif out.suffix:
+        raise ValueError(f"--out must be FILE.png, FILE.npz or a folder without a suffix, but got {out}")
+    else:
+        from PIL import Image
+
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.glob("*.png")):
+            raise ValueError(f"--out {out} holds PNG files already; give a new folder")
+        for index, pixels in enumerate(images):
+            Image.fromarray(pixels.squeeze()).save(out / f"{index:06d}.png")
+
+
+def read_images(path: Path) -> np.ndarray:
+    """A folder of images, an .npz with `images` (N, H, W, C) uint8, or a Parquet file → (N, H, W, C) uint8.
+
+    Parquet: the column `img` or `image`, encoded bytes as in the Hugging Face layout. Raises ValueError, saying why.
+    """
+    if not path.exists():
+        raise ValueError(f"no images at {path}")
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        return _stack([p.read_bytes() for p in files], path)
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as content:
+            if "images" not in content:
+                raise ValueError(f"{path} must hold `images`, `logits` or `probabilities`, but holds {content.files}")
+            images: np.ndarray = content["images"]
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise ValueError(f"images in {path} must be (N, H, W, C) uint8, but are {images.shape} {images.dtype}")
+        return images
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        names = pq.read_schema(path).names
+        column = next((name for name in ("img", "image") if name in names), None)
+        if column is None:
+            raise ValueError(f"{path} must have a column img or image, but has {names}")
+        rows = pq.read_table(path, columns=[column])[column].to_pylist()
+        return _stack([row["bytes"] if isinstance(row, dict) else row for row in rows], path)
+    raise ValueError(f"{path} must be a folder of images, an .npz or a Parquet file")
+
+
+def _stack(encoded: list[bytes], path: Path) -> np.ndarray:
+    from PIL import Image, UnidentifiedImageError
+
+    if not encoded:
+        raise ValueError(f"no images at {path}; files of {', '.join(sorted(SUFFIXES))} are read")
+    images = []
+    for index, content in enumerate(encoded):
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                images.append(np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")))
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"image {index} of {path} cannot be read: {error}") from error
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"images at {path} must be of one shape, but are of {len(shapes)}, such as {sorted(map(str, shapes))[:3]}"
+        )
+    stacked = np.stack(images)
+    return stacked if stacked.ndim == 4 else stacked[..., None]

@@ -1,0 +1,72 @@
+"""The scores of a rung: what early stopping looks at. The training loop calls it, and knows nothing of how it works."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from evaluation.config import SamplerConfig
+from evaluation.extractors import Classifier, Inception
+from evaluation.pictures import image_grid
+from evaluation.sampling import sample_images
+from evaluation.scores import FeatureStatistics, frechet_distance, inception_score
+from trainer import data, schedules
+from trainer.config import ScheduleConfig, TrainConfig
+
+LOG_SNR_GRID = np.linspace(-8, 8, 17)
+LOG_SNR_WIDTH = 2.5  # standard deviation of the weight around log-SNR 0, in nats
+
+
+@dataclass(frozen=True)
+class RungScorer:
+    """Scores an EMA model: the same noise, sampler and number of images for every trial.
+
+    extractor and reference (of the training images) are None where nothing can judge images: then the grid loss alone
+    is measured. probe: (M, H, W, C) uint8 held-out images for the grid loss.
+    """
+
+    extractor: Classifier | Inception | None
+    reference: FeatureStatistics | None
+    probe: np.ndarray
+    images: int
+    sampler: SamplerConfig
+
+    def __call__(self, denoiser: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, Any]:
+        """frechet, score, grid_loss, and `samples`, a picture of the first images: (H, W, C) uint8."""
+        metrics: dict[str, Any] = {"grid_loss": grid_loss(denoiser, config.schedule, self.probe, device)}
+        count = self.images if self.extractor else min(self.images, 64)
+        betas = schedules.betas(**config.schedule.model_dump())
+        shape = (self.probe.shape[3], *self.probe.shape[1:3])
+        try:
+            drawn = sample_images(denoiser, betas, shape, self.sampler, 0, count, device)
+        except FloatingPointError:
+            return metrics | {"frechet": None, "score": None}
+        metrics["samples"] = image_grid(drawn[:64], columns=8)
+        if self.extractor is not None and self.reference is not None:
+            judged = self.extractor.to(device).extract(drawn)
+            metrics["frechet"] = frechet_distance(judged.features, self.reference)
+            metrics["score"] = inception_score(judged.probabilities, split_size=count).mean
+        return metrics
+
+
+@torch.no_grad()
+def grid_loss(denoiser: nn.Module, schedule: ScheduleConfig, probe: np.ndarray, device: torch.device) -> float:
+    """Epsilon-MSE at log-SNRs that are the same for every schedule, weighted towards the middle.
+
+    17 points lambda from -8 to 8, weight exp(-(lambda / 2.5)^2 / 2), fixed images and noise. The model is asked at the
+    time, between its own steps, at which its schedule has that log-SNR (at its first or last step where it has none).
+    """
+    log_snr = schedules.log_snr(schedules.alpha_bar(schedules.betas(**schedule.model_dump())))
+    times = np.interp(-LOG_SNR_GRID, -log_snr, np.arange(len(log_snr)))  # log-SNR falls with time
+    weights = np.exp(-((LOG_SNR_GRID / LOG_SNR_WIDTH) ** 2) / 2)
+    x_0 = data.to_model_range(torch.from_numpy(probe)).to(device)
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    losses = []
+    for point, time in zip(LOG_SNR_GRID, times, strict=True):
+        signal = 1 / (1 + np.exp(-point))  # alpha_bar at this log-SNR
+        x_t = float(np.sqrt(signal)) * x_0 + float(np.sqrt(1 - signal)) * noise
+        t = torch.full((len(x_0),), float(time), device=device)
+        losses.append((denoiser(x_t, t).sample.float() - noise).square().mean())
+    return float(np.average(torch.stack(losses).double().cpu().numpy(), weights=weights))

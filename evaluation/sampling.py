@@ -1,0 +1,146 @@
+"""Model + image indices → uint8 images: ancestral DDPM and DDIM, the same images whatever the shard.
+
+Images come in blocks of `sampler.block_size` indices. Block b has one torch.Generator seeded from (seed, b), which
+draws in the order of diffusers' pipelines: x_T, then the noise of every step that needs some. A block is computed whole
+and cut afterwards, so image i is the same to the bit whichever images are asked for with it (on one type of device).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from evaluation.config import SamplerConfig
+from trainer.diffusion import Diffusion
+
+Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t (N, C, H, W), t (N,)) → eps (N, C, H, W)
+Model = Callable[..., Any]  # a Denoiser, or diffusers' UNet2DModel, which returns eps as `.sample`
+
+
+def timesteps(T: int, steps: int) -> np.ndarray:
+    """The array indices a sampler visits, falling from T - 1: (min(steps, T),) int64.
+
+    "trailing" spacing of Lin et al. 2023 (arXiv:2305.08891, table 2), as in diffusers. It always visits T - 1:
+    x_T is pure noise, and a sampler that starts earlier ("leading") takes it for an image that still shows through.
+    The last step goes from the last index visited straight to the image.
+    """
+    if T < 1 or steps < 1:
+        raise ValueError(f"sampler.steps and the schedule's T must be >= 1, but got {steps=}, {T=}")
+    steps = min(steps, T)
+    return np.round(T - np.arange(steps) * (T / steps)).astype(np.int64) - 1
+
+
+def sample_images(
+    model: Model,
+    betas: np.ndarray,
+    shape: tuple[int, int, int],
+    sampler: SamplerConfig,
+    first: int,
+    count: int,
+    device: torch.device | str,
+    progress: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Images first .. first + count - 1, (count, H, W, C) uint8.
+
+    shape: (C, H, W). betas: (T,) float64 of the schedule the model was trained on. progress is called after every
+    block with the number of images done so far. A shard that is not whole blocks costs the blocks it touches.
+    Raises ValueError for negative numbers, FloatingPointError as `sample_block`.
+    """
+    if first < 0 or count < 0:
+        raise ValueError(f"first >= 0 and count >= 0 must hold, but got {first=}, {count=}")
+    channels, height, width = shape
+    images = np.empty((count, height, width, channels), np.uint8)
+    done = 0
+    while done < count:
+        block, skip = divmod(first + done, sampler.block_size)
+        part = sample_block(model, betas, shape, sampler, block, device)[skip : skip + count - done]
+        images[done : done + len(part)] = part
+        done += len(part)
+        if progress:
+            progress(done)
+    return images
+
+
+def sample_block(
+    model: Model,
+    betas: np.ndarray,
+    shape: tuple[int, int, int],
+    sampler: SamplerConfig,
+    block: int,
+    device: torch.device | str,
+    count: int | None = None,
+) -> np.ndarray:
+    """The first `count` (all where None) images of one block, (n, H, W, C) uint8. Arguments as `sample_images`.
+
+    Raises FloatingPointError where the model's output led to NaN or infinity: such images have no score.
+    """
+    x = denoise_block(model, betas, shape, sampler, block, device)
+    if not torch.isfinite(x).all():
+        raise FloatingPointError(f"sampling gave NaN or infinite pixels in block {block}: the model has diverged")
+    # diffusers' formula, then round: truncation would darken every image by half a level
+    pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()[:count]
+
+
+def denoise_block(
+    model: Model,
+    betas: np.ndarray,
+    shape: tuple[int, int, int],
+    sampler: SamplerConfig,
+    block: int,
+    device: torch.device | str,
+) -> torch.Tensor:
+    """One block as the sampler leaves it: (block_size, C, H, W) float32 on the device, neither clamped nor rounded."""
+    device = torch.device(device)
+    visited = timesteps(len(betas), sampler.steps)
+    diffusion = Diffusion(betas).spaced(visited)
+    generator = torch.Generator(device).manual_seed(block_seed(sampler.seed, block))
+    size = (sampler.block_size, *shape)
+
+    with _evaluating(model), torch.inference_mode():
+        x = torch.randn(size, generator=generator, device=device)
+        for k, t in zip(range(len(visited) - 1, -1, -1), visited.tolist(), strict=True):
+            eps = _predict_eps(model, x, torch.full(size[:1], t, device=device))
+            step = torch.full(size[:1], k, device=device)
+            draws = k > 0 and (sampler.name == "ddpm" or sampler.eta > 0)  # the last step's outcome is the image
+            noise = torch.randn(size, generator=generator, device=device) if draws else None
+            if sampler.name == "ddpm":
+                x = diffusion.p_sample(x, step, eps, noise, sampler.variance)
+            else:
+                x = diffusion.ddim_sample(x, step, eps, noise, sampler.eta)
+    return x
+
+
+def block_seed(seed: int, block: int) -> int:
+    """64 bits that any change of seed or block changes; neighbours share no structure (NumPy's SeedSequence)."""
+    return int(np.random.SeedSequence([seed, block]).generate_state(1, np.uint64)[0])
+
+
+def _predict_eps(model: Model, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The one place that knows a model may be diffusers' UNet2DModel."""
+    output = model(x_t, t)
+    eps = output if isinstance(output, torch.Tensor) else output.sample
+    return eps.float()  # the sampler stays in fp32 under autocast
+
+
+@contextmanager
+def _evaluating(model: Model) -> Iterator[None]:
+    """eval() for the while, then every submodule's own training flag again: a frozen part of a model stays frozen.
+
+    On CUDA the fastest convolution is chosen by timing where benchmark is on, which can change the last bits between
+    two processes: it is off meanwhile.
+    """
+    training = {module: module.training for module in model.modules()} if isinstance(model, nn.Module) else {}
+    benchmark = torch.backends.cudnn.benchmark
+    try:
+        torch.backends.cudnn.benchmark = False
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = benchmark
+        for module, flag in training.items():
+            module.training = flag

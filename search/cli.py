@@ -1,0 +1,297 @@
+"""The `ddpm-search` command: every verb, no logic. Heavy imports wait until a verb needs them."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Finds the noise schedule, learning rate and dropout with which a DDPM draws the best images.",
+)
+schedule_app = typer.Typer(no_args_is_help=True, help="A noise schedule as numbers or as a picture.")
+app.add_typer(schedule_app, name="schedule")
+cluster_app = typer.Typer(no_args_is_help=True, help="The cluster that trials run on.")
+app.add_typer(cluster_app, name="cluster")
+
+# soft_wrap: a piped table keeps its rows whole instead of folding at 80 columns.
+console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped name such as digits.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, a.b=value; a.b+=value appends to a list.")]
+Address = Annotated[str, typer.Option(help="local starts a Ray here; auto or HOST:PORT joins one that runs.")]
+RunPath = Annotated[str, typer.Argument(metavar="PATH", help="The folder of a run, such as runs/digits.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def run(
+    config: Config,
+    set_: Set = None,
+    name: Annotated[str | None, typer.Option(help="The run's name; its folder is STORAGE/NAME.")] = None,
+    storage: Annotated[str, typer.Option(help="A folder, or an address such as s3://bucket/folder.")] = "runs",
+    address: Address = "local",
+) -> None:
+    """Search, draw and score images of the best trials, rank, report, export."""
+    from search import config as configuration
+
+    tree = configuration.read(config, set_ or [])
+    if name is not None:
+        tree["name"] = name
+    settings = configuration.parse(tree, config)
+
+    from search import pipeline
+    from trainer.storage import Storage
+
+    place = Storage(storage).at(settings.name)
+    splits = pipeline.preflight(settings)
+    pipeline.begin(settings, place)
+    console.print(f"Run:            {place.uri}")
+    _go(settings, place, splits, address)
+
+
+@app.command()
+def resume(path: RunPath, address: Address = "local") -> None:
+    """Go on with a run where it was cut: a trial, the search, or the final stage."""
+    from search import pipeline
+
+    settings, place, records = pipeline.open_run(path)
+    console.print(f"Run:            {place.uri} ({len(records)} trials on record)")
+    _go(settings, place, pipeline.preflight(settings), address)
+
+
+def _go(settings: Any, place: Any, splits: Any, address: str) -> None:
+    from search import pipeline
+
+    try:
+        pipeline.go(settings, place, splits, address, console)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted; what was finished is kept. Go on with: ddpm-search resume {place.uri}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@app.command()
+def status(path: RunPath, as_json: Json = False) -> None:
+    """The trials of a run, while it works and after."""
+    from search import watch
+    from search.config import UserError
+    from search.records import Records
+    from trainer.storage import Storage
+
+    place = Storage(path)
+    if not place.exists("config.yaml"):
+        raise UserError(f"no run at {path}: it has no config.yaml; give the folder that `ddpm-search run` printed")
+    rows = list(Records.load(place))
+    if as_json:
+        from dataclasses import asdict
+
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+        return
+    import yaml
+
+    settings = yaml.safe_load(place.read("config.yaml"))
+    metric = settings["early_stopping"]["metric"]
+    if metric == "auto":
+        judged = any(rung["frechet"] is not None for row in rows for rung in row.rungs)
+        metric = "frechet" if judged or not any(row.rungs for row in rows) else "grid_loss"
+    console.print(watch.trials_table(rows, metric, settings["train"]["epochs"]))
+    if place.exists("ranking.json"):
+        console.print("", watch.ranking_table(place.read_json("ranking.json")))
+
+
+@app.command()
+def evaluate(
+    path: RunPath,
+    top: Annotated[int | None, typer.Option(min=1, help="Trials that are scored.")] = None,
+    images: Annotated[int | None, typer.Option(min=2, help="Images a trial.")] = None,
+    address: Address = "local",
+) -> None:
+    """The final stage alone: images that are drawn already are kept."""
+    from search import pipeline
+
+    settings, place, _ = pipeline.open_run(path)
+    final = settings.final.model_copy(update={k: v for k, v in {"top": top, "images": images}.items() if v is not None})
+    settings = settings.model_copy(update={"final": final})
+    pipeline.evaluate_again(settings, place, pipeline.preflight(settings), address, console)
+
+
+@app.command()
+def rank(path: RunPath, as_json: Json = False) -> None:
+    """The ranking, with confidence intervals and ties."""
+    from search import watch
+    from search.config import UserError
+    from trainer.storage import Storage
+
+    place = Storage(path)
+    if not place.exists("ranking.json"):
+        raise UserError(
+            f"no ranking at {path}: draw and score the best trials' images with: ddpm-search evaluate {path}"
+        )
+    ranking = place.read_json("ranking.json")
+    if as_json:
+        print(json.dumps(ranking, indent=2))
+    else:
+        console.print(watch.ranking_table(ranking))
+
+
+@app.command()
+def report(path: RunPath) -> None:
+    """Write the HTML report of a run anew."""
+    from search import pipeline
+
+    pipeline.report_again(path, console)
+
+
+@app.command()
+def export(
+    path: RunPath,
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    trial: Annotated[str | None, typer.Option(help="The trial; default is the winner.")] = None,
+) -> None:
+    """A trial's EMA model as a folder that diffusers loads."""
+    from search import pipeline
+
+    pipeline.export_again(path, trial, out, console)
+
+
+@app.command()
+def sample(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An exported folder.")],
+    out: Annotated[Path, typer.Option(help="FILE.png (a grid), FILE.npz, or a folder of PNG files.")],
+    images: Annotated[int, typer.Option(min=1)] = 64,
+    sampler: Annotated[str, typer.Option(help="ddpm or ddim.")] = "ddim",
+    steps: Annotated[int, typer.Option(min=1)] = 50,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Images from an export."""
+    from search import verbs
+
+    verbs.sample(folder, out, images, sampler, steps, seed, console)
+
+
+@app.command()
+def score(
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images, an .npz, or a Parquet file.")],
+    extractor: Annotated[str, typer.Option(help="inception, or the folder of a stored classifier.")] = "inception",
+    weights: Annotated[Path | None, typer.Option(help="torch-fidelity's Inception weights.")] = None,
+    split_size: Annotated[int, typer.Option(min=2)] = 5000,
+    as_json: Json = False,
+) -> None:
+    """Score images, or stored `logits` or `probabilities` (N, K) in an .npz, which need no extractor."""
+    from search import verbs
+
+    result = verbs.score(images, extractor, weights, split_size)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    value = result["score"]
+    spread = "" if value["std"] is None else f" ± {value['std']:.4f} between splits"
+    console.print(
+        f"{result['score_name']} {value['mean']:.4f}{spread}  (N {result['n']:,}, split size {result['split_size']:,})"
+    )
+
+
+@app.command()
+def train(
+    config: Config,
+    set_: Set = None,
+    out: Annotated[
+        Path, typer.Option(help="Checkpoints and TensorBoard events; an earlier training there goes on.")
+    ] = Path("runs/train"),
+) -> None:
+    """One training without a search and without Ray."""
+    from search import config as configuration
+    from search import verbs
+
+    verbs.train(configuration.load(config, set_ or []), out, console)
+
+
+Family = Annotated[str, typer.Option(help="linear, polynomial, cosine or sigmoid.")]
+Start = Annotated[float, typer.Option()]
+End = Annotated[float, typer.Option()]
+Tau = Annotated[float, typer.Option()]
+Steps = Annotated[int, typer.Option(help="T, the number of diffusion steps.")]
+
+
+@schedule_app.command("show")
+def schedule_show(
+    family: Family, start: Start, end: End, tau: Tau = 1.0, steps: Steps = 1000, as_json: Json = False
+) -> None:
+    """A schedule as numbers."""
+    from search import verbs
+
+    verbs.show_schedule(verbs.make_schedule(family, start, end, tau, steps), as_json, console)
+
+
+@schedule_app.command("plot")
+def schedule_plot(
+    family: Family, start: Start, end: End, out: Annotated[Path, typer.Option()], tau: Tau = 1.0, steps: Steps = 1000
+) -> None:
+    """A schedule as a picture."""
+    from evaluation import pictures
+    from search import verbs
+
+    pictures.plot_schedules([verbs.make_schedule(family, start, end, tau, steps)], out)
+    console.print(f"Written: {out}")
+
+
+@schedule_app.command("compare")
+def schedule_compare(
+    schedules: Annotated[
+        list[str] | None, typer.Argument(metavar="FAMILY:START:END[:TAU]…", help="Default: the original study's five.")
+    ] = None,
+    out: Annotated[Path, typer.Option()] = Path("schedules.png"),
+    steps: Steps = 1000,
+) -> None:
+    """Several schedules, and what they do to one image."""
+    from search import verbs
+
+    verbs.compare_schedules(schedules or [], steps, out)
+    console.print(f"Written: {out}")
+
+
+@cluster_app.command("capacity")
+def cluster_capacity(
+    workers: Annotated[int, typer.Option(min=1, help="Workers a trial.")] = 1, address: Address = "local"
+) -> None:
+    """How many trials the cluster holds at once."""
+    from cluster import capacity, connect
+
+    with connect.connected(address):
+        cluster = capacity.read()
+        what = "GPU" if cluster.use_gpu else "CPU"
+        for index, slots in enumerate(cluster.slots()):
+            console.print(f"node {index}: {slots} workers, one {what} each")
+        console.print(f"{cluster.trials_at_once(workers)} trials of {workers} workers at once")
+
+
+def main() -> None:
+    """Runs a command; a user's error is one message and exit status 2."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    from search.config import UserError
+
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"ddpm-search: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        from cluster.connect import ConnectError
+
+        if not isinstance(error, ConnectError):
+            raise
+        print(f"ddpm-search: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""SearchConfig: the whole YAML, composed of each package's own configuration."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from evaluation.config import FinalStageConfig, SamplerConfig
+from trainer.config import Config, ScheduleConfig, TrainConfig
+from trainer.schedules import Family
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class Range(Config):
+    """A parameter that is searched, between `low` and `high`, both included."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> "Range":
+        if not self.low < self.high:
+            raise ValueError(
+                f"low < high must hold, but got low={self.low}, high={self.high}; a single number fixes it"
+            )
+        if self.log and self.low <= 0:
+            raise ValueError(f"log needs low > 0, but got low={self.low}")
+        return self
+
+
+Searched = float | Range  # a number fixes the parameter
+
+
+class FamilySpace(Config):
+    """The ranges of one schedule family."""
+
+    start: Searched
+    end: Searched
+    tau: Searched = 1.0
+
+
+# Ho 2020 (linear, 1e-4 to 0.02); Nichol & Dhariwal 2021 (cosine, an offset near 0); Chen 2023, Tables 1 and 3 (cosine
+# start 0 to 0.2, tau 0.5 to 3; sigmoid -3 to 3, tau 0.3 to 1.1), each with room around what was published.
+FAMILIES: dict[Family, FamilySpace] = {
+    "linear": FamilySpace(start=Range(low=1e-5, high=1e-3, log=True), end=Range(low=5e-3, high=5e-2, log=True)),
+    "polynomial": FamilySpace(start=0.0, end=1.0, tau=Range(low=0.25, high=2.0, log=True)),
+    "cosine": FamilySpace(start=Range(low=0.0, high=0.3), end=1.0, tau=Range(low=0.5, high=3.0, log=True)),
+    "sigmoid": FamilySpace(
+        start=Range(low=-3.0, high=0.0), end=Range(low=1.0, high=4.0), tau=Range(low=0.3, high=1.5, log=True)
+    ),
+}
+
+
+class SpaceConfig(Config):
+    """What is searched: the family first, then that family's own parameters."""
+
+    families: dict[Family, FamilySpace] = Field(FAMILIES, min_length=1)
+    learning_rate: Searched = Range(low=5e-5, high=2e-3, log=True)
+    dropout: Searched = Range(low=0.0, high=0.3)
+
+
+class KnownPoint(Config):
+    """A configuration to try before any suggestion; what is left out is the base training's."""
+
+    family: Family
+    start: float
+    end: float
+    tau: float = 1.0
+    learning_rate: float | None = Field(None, gt=0)
+    dropout: float | None = Field(None, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _keeps_the_laws(self) -> "KnownPoint":
+        ScheduleConfig(family=self.family, start=self.start, end=self.end, tau=self.tau)
+        return self
+
+
+# Table 2 of the original study.
+KNOWN_POINTS = (
+    KnownPoint(family="linear", start=1e-4, end=0.02),
+    KnownPoint(family="cosine", start=0, end=1, tau=1),
+    KnownPoint(family="cosine", start=0.2, end=1, tau=1),
+    KnownPoint(family="sigmoid", start=-3, end=3, tau=1.1),
+    KnownPoint(family="sigmoid", start=0, end=3, tau=0.9),
+)
+
+
+class EarlyStoppingConfig(Config):
+    """At a rung a trial goes on only if it is among the best 1/reduction of those that came so far (ASHA, Li 2018)."""
+
+    scheduler: Literal["asha", "none"] = "asha"
+    metric: Literal["auto", "frechet", "score", "grid_loss"] = "auto"
+    rungs: tuple[float, ...] = Field((1 / 9, 1 / 3), description="fractions of a training's epochs, below 1")
+    reduction: float = Field(3.0, gt=1)
+    images: int = Field(256, ge=2, description="images scored at a rung")
+    sampler: SamplerConfig = SamplerConfig(steps=25, block_size=256)
+
+    @model_validator(mode="after")
+    def _rungs_below_the_end(self) -> "EarlyStoppingConfig":
+        if not all(0 < rung < 1 for rung in self.rungs) or list(self.rungs) != sorted(set(self.rungs)):
+            raise ValueError(
+                f"early_stopping.rungs must be rising fractions between 0 and 1, but got {list(self.rungs)}"
+            )
+        return self
+
+
+class SearchConfig(Config):
+    """One search: what is trained, what is varied, what stops a trial, and how the best are ranked."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
+    seed: int = Field(0, ge=0)
+    trials: int = Field(50, ge=1, description="trainings started; screened configurations do not count")
+    train: TrainConfig = TrainConfig()
+    space: SpaceConfig = SpaceConfig()
+    known_points: tuple[KnownPoint, ...] = KNOWN_POINTS
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+    final: FinalStageConfig = FinalStageConfig()
+    report_seconds: float = Field(60.0, gt=0, description="longest time between two checkpoints, in whole epochs")
+
+    def rung_epochs(self) -> list[int]:
+        """Epochs, from 1, strictly below the last."""
+        epochs = {max(1, round(rung * self.train.epochs)) for rung in self.early_stopping.rungs}
+        return sorted(epoch for epoch in epochs if epoch < self.train.epochs)
+
+
+class UserError(ValueError):
+    """What only the user can mend: the message says what, which value and what to do. Exit status 2."""
+
+
+def load(name_or_path: str, overrides: list[str] | None = None) -> SearchConfig:
+    """Reads a YAML by path, or a shipped one by name; `overrides` are a.b=c, or a.b+=c to append to a list,
+    c read as YAML. Raises UserError."""
+    return parse(read(name_or_path, overrides or []), name_or_path)
+
+
+def read(name_or_path: str, overrides: list[str]) -> dict[str, Any]:
+    """The YAML's mapping with the overrides laid over it, not yet checked."""
+    shipped = CONFIGS / f"{name_or_path}.yaml"
+    path = shipped if "/" not in name_or_path and shipped.exists() else Path(name_or_path).expanduser()
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
+        raise UserError(
+            f"no configuration at {name_or_path!r}; give the path of a YAML file, or a shipped name: {names}"
+        )
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping of settings, but holds a {type(tree).__name__}")
+    tree.setdefault("name", path.stem)
+    for override in overrides:
+        _set(tree, override)
+    return tree
+
+
+def parse(tree: dict[str, Any], origin: str) -> SearchConfig:
+    """Checks a mapping. Raises UserError that names the first few wrong keys."""
+    try:
+        return SearchConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{origin}: " + "; ".join(explain(e) for e in error.errors()[:3])) from None
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"--set takes a.b=value, but got {override!r}")
+    *parents, last = key.split(".")
+    node: Any = tree
+    for part in parents:
+        node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override}: {part!r} holds no further settings")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not valid YAML: {error}") from error
+    if last.endswith("+"):
+        _append(node, last.removesuffix("+"), value, key)
+    else:
+        node[last] = value
+
+
+def _append(node: dict[str, Any], name: str, value: Any, key: str) -> None:
+    default = [point.model_dump() for point in KNOWN_POINTS] if key == "known_points+" else []
+    present = node.get(name, default)
+    if not isinstance(present, list):
+        raise UserError(f"--set {key}=…: {name!r} is no list; use {name}=… to replace it")
+    node[name] = [*present, value]
+
+
+def explain(error: Any) -> str:
+    """One entry of a pydantic ValidationError in plain words."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {where!r} (value {error['input']!r}); remove it or correct its spelling"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message}, but got {error['input']!r}"

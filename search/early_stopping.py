@@ -1,0 +1,73 @@
+"""Which trials go on: asynchronous successive halving on explicit rungs, decided from the trials table."""
+
+import math
+from typing import Any
+
+import numpy as np
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+from search.config import EarlyStoppingConfig
+from search.records import Records
+
+
+def goes_on(value: float, earlier: list[float], reduction: float) -> bool:
+    """Whether a trial passes a rung, as in ASHA (Li 2018, arXiv:1810.05934) and Ray Tune's version of it.
+
+    `value` is its own, `earlier` those of the trials that reached the rung before; lower is better. The first to
+    come always passes; a later one must be no worse than the best 1/reduction quantile of the earlier.
+    """
+    if not math.isfinite(value):
+        return False
+    finite = [v for v in earlier if math.isfinite(v)]
+    return not finite or value <= float(np.percentile(finite, 100 / reduction))
+
+
+class RungScheduler(FIFOScheduler):
+    """Tune's scheduler for a search whose record is the authority.
+
+    It keeps no state of its own: rungs live in the trials table, so a resumed search compares with every trial
+    that ever came to a rung. Tune's own ASHA would start with empty rungs.
+    """
+
+    def __init__(self, config: EarlyStoppingConfig, metric: str, rungs: list[int], epochs: int, records: Records):
+        super().__init__()
+        self.config, self.metric_name, self.rungs, self.epochs, self.records = config, metric, rungs, epochs, records
+
+    def objective(self, rung: dict[str, Any]) -> float:
+        """The value to be made small."""
+        value = rung.get(self.metric_name)
+        if value is None:
+            return math.inf
+        return -value if self.metric_name == "score" else value
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        key = trial.config["trial"]
+        if failure := result.get("failure"):
+            self.records.update(key, state="failed", reason=failure)
+            return TrialScheduler.STOP
+        root = f"{self.records.run.root}/"
+        path = result.get("checkpoint_path")
+        row = self.records.report(key, result, path.removeprefix(root) if path else None)
+        epoch = result["epoch"]
+        if epoch >= self.epochs:
+            # Its process ends by itself: nothing of it is cut short by a stop.
+            self.records.update(key, state="completed")
+        elif epoch in self.rungs and self.config.scheduler == "asha":
+            rung = row.rung(epoch)
+            assert rung is not None
+            value = self.objective(rung)
+            others = [other.rung(epoch) for other in self.records if other.trial != key]
+            earlier = [self.objective(other) for other in others if other is not None]
+            if not goes_on(value, earlier, self.config.reduction):
+                better = sum(v < value for v in earlier)
+                place = f"{better + 1} of {len(earlier) + 1}"
+                reason = f"{self.metric_name} {abs(value):.4g} at epoch {epoch} was {place} so far"
+                self.records.update(key, state="stopped", reason=reason)
+                return TrialScheduler.STOP
+        return TrialScheduler.CONTINUE
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        error = trial.get_error()
+        reason = str(error).strip().splitlines()[-1] if error else "the trial's process ended with an error"
+        self.records.update(trial.config["trial"], state="failed", reason=reason)

@@ -1,0 +1,295 @@
+"""The whole way of a run: search → final stage → ranking → report → export. Each part goes on from what is on disk."""
+
+import dataclasses
+import importlib.metadata
+import platform
+import shlex
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from cluster import capacity, connect
+from evaluation import export, pictures, reference, report, stage
+from evaluation.reference import Reference
+from evaluation.sampling import sample_images
+from search import tuner, watch
+from search.config import SearchConfig, UserError, parse
+from search.records import Records, Row
+from trainer import checkpoint, data
+from trainer.data import Splits
+from trainer.storage import Storage
+
+CONFIG, RANKING, REPORT = "config.yaml", "ranking.json", "report/index.html"
+CACHE = Path("~/.cache/ddpm-search").expanduser()
+SAMPLES = 64
+
+
+def begin(config: SearchConfig, run: Storage) -> None:
+    """Writes config.yaml into a new run. Raises UserError where the place cannot be written or is taken."""
+    if run.exists(CONFIG):
+        raise UserError(
+            f"{run.uri} holds another run; go on with it (ddpm-search resume {run.uri}) or give this one another --name"
+        )
+    if run.names():
+        raise UserError(f"{run.uri} is not empty and holds no run; give another --name or --storage")
+    try:
+        run.write(CONFIG, _config_yaml(config).encode())
+    except OSError as error:
+        raise UserError(f"--storage {run.uri} cannot be written: {error}; give a folder that can") from error
+
+
+def open_run(path: str) -> tuple[SearchConfig, Storage, Records]:
+    """An earlier run. Raises UserError where there is none."""
+    run = Storage(path)
+    if not run.exists(CONFIG):
+        raise UserError(f"no run at {path}: it has no {CONFIG}; give the folder that `ddpm-search run` printed")
+    config = parse(yaml.safe_load(run.read(CONFIG)), f"{path}/{CONFIG}")
+    return config, run, Records.load(run)
+
+
+def preflight(config: SearchConfig) -> Splits:
+    """Everything that can be refused before Ray starts. Raises UserError."""
+    try:
+        splits = data.load(config.train.data)
+        config.train.model.check_fits(splits.train.shape)
+        if config.train.batch_size > len(splits.train):
+            raise ValueError(
+                f"train.batch_size must be at most the number of training images, {len(splits.train)}, "
+                f"but is {config.train.batch_size}"
+            )
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    return splits
+
+
+def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
+    """Does whatever of a run is not done yet. Raises KeyboardInterrupt where the user interrupts it."""
+    records = Records.load(run)
+    with connect.connected(address) as ray:
+        if ray.dashboard:
+            console.print(f"Ray dashboard:  http://{ray.dashboard}")
+        console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.uri + '/tensorboard')}")
+        cluster = capacity.read()
+        try:
+            at_once = cluster.trials_at_once(config.train.workers)
+            judge = _reference(config, splits, console)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        metric = _metric(config, judge, console)
+        settings = config.early_stopping
+        scorer = reference.rung_scorer(splits, judge, settings.images, settings.sampler)
+        left = tuner.trials_left(config, records)
+        if left:
+            console.print(f"Searching: {left} trials of {config.train.epochs} epochs, {at_once} at once\n")
+            view = watch.SearchView(console, records, metric, config.train.epochs, config.trials)
+            with view.shown():
+                tuner.search(config, run, records, metric, scorer, at_once, cluster.use_gpu, view.changed)
+            console.print(view.summary())
+            console.print(watch.trials_table(records, metric, config.train.epochs), "")
+        if judge is None:
+            console.print("No final stage: the data has no labels, and final.inception_weights is not given.")
+        else:
+            evaluate(config, run, records, judge, metric, cluster, console)
+    finish(config, run, records, judge, splits, console)
+
+
+def evaluate(
+    config: SearchConfig,
+    run: Storage,
+    records: Records,
+    judge: Reference,
+    metric: str,
+    cluster: capacity.Capacity,
+    console: Console,
+) -> None:
+    """The final stage and ranking.json."""
+    candidates = _candidates(config, records, metric)
+    if not candidates:
+        console.print("No trial was trained to a checkpoint: nothing to rank.")
+        return
+    final = config.final
+    with watch.progress_bar(
+        console, f"Drawing {final.images:,} images of each of {len(candidates)} trials"
+    ) as progress:
+        stage.draw(run, candidates, final, judge, sum(cluster.slots()), cluster.use_gpu, progress)
+    result = stage.ranking(run, candidates, final, judge, notes={})
+    result["trials"] = [row | records[row["trial"]].params() for row in result["trials"]]
+    run.write_json(RANKING, result)
+
+
+def finish(
+    config: SearchConfig, run: Storage, records: Records, judge: Reference | None, splits: Splits, console: Console
+) -> None:
+    """Report, export and samples of the winner, from what the final stage left."""
+    ranked = run.read_json(RANKING) if run.exists(RANKING) else None
+    if ranked:
+        console.print(watch.ranking_table(ranked), "")
+    write_report(config, run, records, judge, splits, ranked)
+    console.print(f"Report:   {run.uri}/{REPORT}")
+    winner = next((row["trial"] for row in ranked["trials"] if row["rank"] == 1), None) if ranked else None
+    if winner is not None and ranked is not None:
+        export_trial(config, run, records, ranked, winner, Path(run.root) / "export" if run.is_local else None, console)
+
+
+def export_trial(
+    config: SearchConfig,
+    run: Storage,
+    records: Records,
+    ranked: dict[str, Any] | None,
+    trial: str,
+    out: Path | None,
+    console: Console,
+) -> None:
+    """Exports a trial to `out` (a local folder; None: RUN/export of a run that is not local) and draws its samples."""
+    row = records[trial]
+    if row.checkpoint is None:
+        raise UserError(
+            f"trial {trial} has no checkpoint ({row.state}: {row.reason}); choose another: ddpm-search status {run.uri}"
+        )
+    found = checkpoint.load(run.at(row.checkpoint))
+    entry = next((r for r in ranked["trials"] if r["trial"] == trial), None) if ranked else None
+    card = export.model_card(config.name, dataclasses.asdict(row), config.train.data.name, ranked, entry)
+    provenance = {"run": config.name, "trial": trial, "checkpoint": row.checkpoint, "checkpoint_meta": found.meta}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = out or Path(scratch) / "export"
+        export.export_pipeline(found, folder, card, provenance)
+        denoiser, betas, shape = export.load_export(folder)
+        images = sample_images(denoiser, betas, shape, config.final.sampler, 0, SAMPLES, "cpu")
+        picture = folder.parent / "samples.png"
+        pictures.save_grid_png(picture, images)
+        if out is None:
+            for file in (*folder.rglob("*"), picture):
+                if file.is_file():
+                    run.write(str(file.relative_to(scratch)), file.read_bytes())
+    where = out or f"{run.uri}/export"
+    console.print(f"Winner:   {where}  (diffusers.DDPMPipeline.from_pretrained loads it)")
+    console.print(f"Samples:  {where.parent if isinstance(where, Path) else run.uri}/samples.png")
+
+
+def write_report(
+    config: SearchConfig,
+    run: Storage,
+    records: Records,
+    judge: Reference | None,
+    splits: Splits,
+    ranked: dict[str, Any] | None,
+) -> None:
+    """RUN/report/index.html, from whatever there is."""
+    samples = {}
+    if ranked and judge:
+        for row in ranked["trials"]:
+            stored = records[row["trial"]].checkpoint
+            if row["rank"] is not None and stored:
+                samples[row["trial"]] = stage.kept_images(
+                    run, stage.Candidate(row["trial"], stored), config.final, judge
+                )
+    curves = {}
+    for trial in run.names("tensorboard"):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(run.root, "tensorboard", trial) if run.is_local else Path(scratch)
+            if not run.is_local:
+                for name in run.names(f"tensorboard/{trial}"):
+                    (folder / name).write_bytes(run.read(f"tensorboard/{trial}/{name}"))
+            curves[trial] = report.read_curves(folder)
+    commands = [f"ddpm-search run {run.uri}/{CONFIG} --name {config.name}-again", f"ddpm-search status {run.uri}"]
+    page = report.render(
+        run_name=config.name,
+        config=config.model_dump(mode="json"),
+        rows=[dataclasses.asdict(row) for row in records],
+        ranking=ranked,
+        samples=samples,
+        real_samples=splits.held_out.pixels[:SAMPLES],
+        curves=curves,
+        commands=commands,
+        versions=versions(),
+    )
+    run.write(REPORT, page.encode())
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on."""
+    names = ("ddpm-search", "torch", "ray", "optuna", "diffusers", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def _config_yaml(config: SearchConfig) -> str:
+    header = "# " + ", ".join(f"{name} {number}" for name, number in versions().items())
+    return f"{header}\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}"
+
+
+def _reference(config: SearchConfig, splits: Splits, console: Console) -> Reference | None:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with console.status("") as status:
+        judge = reference.prepare(splits, config.final, CACHE, device, lambda what: status.update(what))
+    if judge is not None and judge.accuracy is not None:
+        console.print(
+            f"Judge:          a classifier of the data's own labels, {judge.accuracy:.1%} right on held-out images"
+        )
+    return judge
+
+
+def _metric(config: SearchConfig, judge: Reference | None, console: Console) -> str:
+    wanted = config.early_stopping.metric
+    if judge is None:
+        if wanted not in ("auto", "grid_loss"):
+            raise UserError(
+                f"early_stopping.metric is {wanted}, which needs labels or final.inception_weights; use grid_loss"
+            )
+        console.print(
+            "Nothing can judge these images (no labels, no Inception weights): trials are stopped by grid_loss."
+        )
+        return "grid_loss"
+    return "frechet" if wanted == "auto" else wanted
+
+
+def evaluate_again(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
+    """The final stage, ranking, report and export of a run whose search is over or interrupted."""
+    records = Records.load(run)
+    with connect.connected(address):
+        judge = _reference(config, splits, console)
+        if judge is None:
+            raise UserError("nothing can judge these images: the data has no labels, so give final.inception_weights")
+        evaluate(config, run, records, judge, _metric(config, judge, console), capacity.read(), console)
+    finish(config, run, records, judge, splits, console)
+
+
+def report_again(path: str, console: Console) -> None:
+    """The report of a run, from what is on disk."""
+    config, run, records = open_run(path)
+    splits = preflight(config)
+    ranked = run.read_json(RANKING) if run.exists(RANKING) else None
+    judge = _reference(config, splits, console) if ranked else None
+    write_report(config, run, records, judge, splits, ranked)
+    console.print(f"Report:   {run.uri}/{REPORT}")
+
+
+def export_again(path: str, trial: str | None, out: Path, console: Console) -> None:
+    """A trial's export, the winner's where none is named."""
+    config, run, records = open_run(path)
+    ranked = run.read_json(RANKING) if run.exists(RANKING) else None
+    known = [row.trial for row in records]
+    if trial is None:
+        if ranked is None:
+            raise UserError(
+                f"no ranking at {path}, so no winner; name a --trial, or first: ddpm-search evaluate {path}"
+            )
+        trial = next(row["trial"] for row in ranked["trials"] if row["rank"] == 1)
+    elif trial not in known:
+        raise UserError(f"--trial {trial} is not in this run; its trials are {', '.join(known)}")
+    export_trial(config, run, records, ranked, trial, out, console)
+
+
+def _candidates(config: SearchConfig, records: Records, metric: str) -> list[stage.Candidate]:
+    """The best trials that were trained in full; stopped ones only where there are too few."""
+    trained = [row for row in watch.in_order(records, metric) if row.checkpoint and row.rungs and row.state != "failed"]
+
+    def fully(row: Row) -> bool:
+        return row.state == "completed"
+
+    chosen = [row for row in trained if fully(row)] or trained
+    return [stage.Candidate(row.trial, str(row.checkpoint)) for row in chosen[: config.final.top]]

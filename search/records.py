@@ -1,0 +1,123 @@
+"""The trials table, the authority on a run: one row a trial, in memory and as trials.parquet."""
+
+import dataclasses
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer.storage import Storage
+
+FILE = "trials.parquet"
+State = Literal["running", "completed", "stopped", "screened", "reused", "failed"]
+RUNG_METRICS = ("frechet", "score", "grid_loss")
+
+SCHEMA = pa.schema(
+    [
+        pa.field("trial", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("family", pa.string(), nullable=False),
+        pa.field("start", pa.float64(), nullable=False),
+        pa.field("end", pa.float64(), nullable=False),
+        pa.field("tau", pa.float64(), nullable=False),
+        pa.field("learning_rate", pa.float64(), nullable=False),
+        pa.field("dropout", pa.float64(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("state", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("epoch", pa.int64(), nullable=False),
+        pa.field(
+            "rungs",
+            pa.list_(pa.struct([("epoch", pa.int64()), *((name, pa.float64()) for name in RUNG_METRICS)])),
+        ),
+        pa.field("worker_seconds", pa.float64(), nullable=False),
+        pa.field("checkpoint", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial. `epoch` is the last that was reported, `rungs` every scored one, the last epoch's among them."""
+
+    trial: str
+    source: Literal["known", "suggested"]
+    family: str
+    start: float
+    end: float
+    tau: float
+    learning_rate: float
+    dropout: float
+    seed: int
+    state: State = "running"
+    reason: str | None = None
+    epoch: int = 0
+    rungs: list[dict[str, Any]] = field(default_factory=list)
+    worker_seconds: float = 0.0
+    checkpoint: str | None = None  # path below the run, such as train/t0003-cosine/checkpoint_000040
+
+    def rung(self, epoch: int) -> dict[str, Any] | None:
+        """The scores at an epoch, or None."""
+        return next((rung for rung in self.rungs if rung["epoch"] == epoch), None)
+
+    def params(self) -> dict[str, Any]:
+        """As in the tables: family, start, end, tau, learning_rate, dropout."""
+        return {n: getattr(self, n) for n in ("family", "start", "end", "tau", "learning_rate", "dropout")}
+
+
+class Records:
+    """The rows of a run. Every change is on disk before the call returns."""
+
+    def __init__(self, run: Storage, rows: dict[str, Row] | None = None):
+        self.run = run
+        self._rows = rows or {}
+
+    @classmethod
+    def load(cls, run: Storage) -> "Records":
+        """The rows of a run; none where it has no table yet."""
+        if not run.exists(FILE):
+            return cls(run)
+        table = pq.read_table(io.BytesIO(run.read(FILE)))
+        return cls(run, {row["trial"]: Row(**row) for row in table.to_pylist()})
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(list(self._rows.values()))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, trial: str) -> Row:
+        return self._rows[trial]
+
+    def add(self, row: Row) -> None:
+        assert row.trial not in self._rows, row.trial
+        self._put(row)
+
+    def update(self, trial: str, **changes: Any) -> Row:
+        return self._put(dataclasses.replace(self._rows[trial], **changes))
+
+    def report(self, trial: str, metrics: dict[str, Any], run_checkpoint: str | None) -> Row:
+        """Notes a report. An epoch that comes twice, since a worker died after it, changes nothing."""
+        row = self._rows[trial]
+        rungs = row.rungs
+        if metrics.get("rung") and row.rung(metrics["epoch"]) is None:
+            scores = {name: metrics.get(name) for name in RUNG_METRICS}
+            rungs = sorted([*rungs, {"epoch": metrics["epoch"], **scores}], key=lambda rung: rung["epoch"])
+        return self.update(
+            trial,
+            rungs=rungs,
+            epoch=max(row.epoch, metrics["epoch"]),
+            worker_seconds=max(row.worker_seconds, metrics["worker_seconds"]),
+            checkpoint=run_checkpoint or row.checkpoint,
+        )
+
+    def _put(self, row: Row) -> Row:
+        self._rows = {**self._rows, row.trial: row}
+        rows = [dataclasses.asdict(r) for r in self._rows.values()]
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
+        self.run.write(FILE, buffer.getvalue())
+        return row

@@ -1,0 +1,216 @@
+"""The verbs that need no run and no Ray: train, sample, score, schedule show and compare."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+from rich.console import Console
+
+from search.config import KNOWN_POINTS, SearchConfig, UserError, explain
+from trainer import schedules
+from trainer.config import ScheduleConfig
+
+
+def make_schedule(family: str, start: float, end: float, tau: float, steps: int) -> ScheduleConfig:
+    """Raises UserError where the values break a law."""
+    try:
+        return ScheduleConfig.model_validate({"family": family, "start": start, "end": end, "tau": tau, "steps": steps})
+    except ValidationError as error:
+        raise UserError("; ".join(explain(e) for e in error.errors()[:3])) from None
+
+
+def schedule_numbers(schedule: ScheduleConfig) -> dict[str, Any]:
+    """What `schedule show` prints: beta and alpha_bar (T,), terminal_snr, prior_kl_bits_per_dim, screened."""
+    values = schedule.model_dump()
+    betas = schedules.betas(**values)
+    alpha_bar = schedules.alpha_bar(betas)
+    return {
+        **values,
+        "terminal_snr": schedules.terminal_snr(alpha_bar[-1]),
+        "prior_kl_bits_per_dim": schedules.prior_kl_bits_per_dim(alpha_bar[-1]),
+        "screened": schedules.screen(**values),
+        "beta": betas.tolist(),
+        "alpha_bar": alpha_bar.tolist(),
+    }
+
+
+def show_schedule(schedule: ScheduleConfig, as_json: bool, console: Console) -> None:
+    numbers = schedule_numbers(schedule)
+    if as_json:
+        print(json.dumps(numbers))
+        return
+    from rich.table import Table
+
+    console.print(f"{schedule.label()}, T = {schedule.steps}")
+    console.print(
+        f"terminal SNR {numbers['terminal_snr']:.3g}, "
+        f"prior KL {numbers['prior_kl_bits_per_dim']:.3g} bits per dimension"
+    )
+    console.print(f"screen: {numbers['screened'] or 'passes'}")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("step t", "beta", "alpha_bar", "log SNR"):
+        table.add_column(name, justify="right")
+    log_snr = schedules.log_snr(np.array(numbers["alpha_bar"]))
+    for index in np.unique(np.linspace(0, schedule.steps - 1, 11).round().astype(int)):
+        table.add_row(
+            str(index + 1),
+            f"{numbers['beta'][index]:.4g}",
+            f"{numbers['alpha_bar'][index]:.4g}",
+            f"{log_snr[index]:.2f}",
+        )
+    console.print(table)
+
+
+def compare_schedules(named: list[str], steps: int, out: Path) -> None:
+    """Draws schedules given as FAMILY:START:END[:TAU]; the original study's five where none are."""
+    from sklearn.datasets import load_sample_image
+
+    from evaluation import pictures
+
+    if named:
+        chosen = [_parse_schedule(text, steps) for text in named]
+    else:
+        chosen = [make_schedule(p.family, p.start, p.end, p.tau, steps) for p in KNOWN_POINTS]
+    photo = load_sample_image("flower.jpg")[60:380:2, 160:480:2]  # embedded in scikit-learn
+    pictures.plot_compare(chosen, photo, out)
+
+
+def _parse_schedule(text: str, steps: int) -> ScheduleConfig:
+    family, *numbers = text.split(":")
+    try:
+        values = [float(number) for number in numbers]
+    except ValueError:
+        values = []
+    if not 2 <= len(values) <= 3:
+        raise UserError(
+            f"a schedule is FAMILY:START:END or FAMILY:START:END:TAU, such as cosine:0:1:1, but got {text!r}"
+        )
+    return make_schedule(family, values[0], values[1], values[2] if len(values) == 3 else 1.0, steps)
+
+
+def sample(folder: Path, out: Path, images: int, sampler: str, steps: int, seed: int, console: Console) -> None:
+    """Images from an exported folder, into a file or a folder."""
+    import torch
+
+    from evaluation import export, files
+    from evaluation.config import SamplerConfig
+    from evaluation.sampling import sample_images
+    from search.watch import progress_bar
+
+    try:
+        settings = SamplerConfig.model_validate({"name": sampler, "steps": steps, "seed": seed})
+    except ValidationError as error:
+        raise UserError("; ".join(f"--{explain(e)}" for e in error.errors())) from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        denoiser, betas, shape = export.load_export(folder)
+        with progress_bar(console, f"Drawing {images:,} images") as progress:
+            drawn = sample_images(
+                denoiser.to(device), betas, shape, settings, 0, images, device, lambda done: progress(done, images)
+            )
+        files.write_images(drawn, out)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    console.print(f"Written: {out}")
+
+
+def score(path: Path, extractor: str, weights: Path | None, split_size: int) -> dict[str, Any]:
+    """The score of images, or of stored probabilities or logits, as `score --json` prints it."""
+    from evaluation import extractors, files, scores
+
+    try:
+        probabilities = _stored_probabilities(path)
+        name, score_name = "stored", "score of stored probabilities"
+        if probabilities is None:
+            if extractor == "inception":
+                judge: Any = extractors.Inception(weights)
+            else:
+                judge = extractors.Classifier.load(Path(extractor))
+            name, score_name = judge.name, judge.score_name
+            probabilities = judge.extract(files.read_images(path)).probabilities
+        result = scores.inception_score(probabilities, split_size)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    return {
+        "score_name": score_name,
+        "score": {"mean": result.mean, "std": result.std},
+        "n": result.n_used,
+        "dropped": result.dropped,
+        "split_size": result.split_size,
+        "extractor": name,
+    }
+
+
+def _stored_probabilities(path: Path) -> np.ndarray | None:
+    from evaluation.scores import softmax_float64
+
+    if path.suffix != ".npz" or not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as content:
+        if "probabilities" in content:
+            return content["probabilities"]
+        return softmax_float64(content["logits"]) if "logits" in content else None
+
+
+def train(config: SearchConfig, out: Path, console: Console) -> None:
+    """One training of `config.train`, in this process; goes on from the newest checkpoint in `out`."""
+    import torch
+
+    from evaluation import reference
+    from search.pipeline import CACHE, preflight
+    from search.watch import progress_bar
+    from trainer import checkpoint, loop
+    from trainer.event_log import EventLog
+    from trainer.storage import Storage
+
+    splits = preflight(config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    judge = reference.prepare(splits, config.final, CACHE, device, console.print)
+    settings = config.early_stopping
+    folder = Storage(out)
+    found = checkpoint.latest(folder)
+    resume = found[1] if found else None
+    if resume is not None and resume.config != config.train:
+        raise UserError(f"--out {out} holds a training of another configuration; give another --out")
+    done = resume.meta["epoch"] if resume else 0
+    console.print(
+        f"Training {config.train.schedule.label()} for {config.train.epochs} epochs"
+        + (f", from {done}" if done else "")
+    )
+    console.print(f"TensorBoard:    tensorboard --logdir {folder.uri}")
+    events = EventLog(folder, config.train, done + 1)
+
+    with progress_bar(console, "epochs") as progress:
+
+        def log(metrics: loop.Metrics) -> None:
+            events(metrics, metrics.pop("samples", None))
+            progress(metrics["epoch"], config.train.epochs)
+
+        def report(metrics: loop.Metrics, save: loop.Save) -> None:
+            save(out / f"checkpoint_{metrics['epoch']:06d}")
+            shown = {
+                name: metrics[name]
+                for name in ("train_loss", "frechet", "score", "grid_loss")
+                if metrics.get(name) is not None
+            }
+            console.print(
+                f"epoch {metrics['epoch']:>5}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            )
+
+        try:
+            loop.train(
+                config.train,
+                splits.train,
+                loop.Worker(device=torch.device(device)),
+                report,
+                resume=resume,
+                score=reference.rung_scorer(splits, judge, settings.images, settings.sampler),
+                rungs=config.rung_epochs(),
+                log=log,
+                report_seconds=config.report_seconds,
+            )
+        except loop.TrainingFailedError as error:
+            raise SystemExit(f"ddpm-search: training failed: {error}") from None
+    console.print(f"Checkpoints:    {out}")

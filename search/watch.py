@@ -1,0 +1,186 @@
+"""What a person sees while a search runs: a live leaderboard with an ETA; plain lines without a terminal."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from search.records import Records, Row
+from trainer.config import ScheduleConfig
+
+SHOWN = 16  # rows of the live table
+STATE_STYLE = {"running": "cyan", "completed": "green", "stopped": "yellow", "screened": "magenta", "failed": "red"}
+METRIC_TITLES = {"frechet": "Fréchet", "score": "score", "grid_loss": "grid loss"}
+
+
+def schedule_label(row: Row | dict[str, Any]) -> str:
+    """cosine(0, 1, tau 1): the schedule of a row of the trials table or of ranking.json."""
+    get = row.__getitem__ if isinstance(row, dict) else row.__getattribute__
+    schedule = ScheduleConfig.model_construct(
+        family=get("family"), start=get("start"), end=get("end"), tau=get("tau"), space="alpha_bar"
+    )
+    return schedule.label()
+
+
+def in_order(rows: Iterable[Row], metric: str) -> list[Row]:
+    """Best first: by how far a trial came, then by its last value there; screened and failed ones last."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        if not row.rungs:
+            return row.state in ("screened", "failed"), 0, 0.0, row.trial
+        value = row.rungs[-1][metric]
+        sign = -1 if metric == "score" else 1
+        return (
+            row.state == "failed",
+            -row.rungs[-1]["epoch"],
+            float("inf") if value is None else sign * value,
+            row.trial,
+        )
+
+    return sorted(rows, key=key)
+
+
+def trials_table(rows: Iterable[Row], metric: str, epochs: int, limit: int | None = None) -> Table:
+    """The trials, best first."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name, justify in (
+        ("trial", "left"), ("schedule", "left"), ("lr", "right"), ("dropout", "right"), ("epoch", "right"),
+        (METRIC_TITLES[metric], "right"), ("score", "right"), ("seconds", "right"), ("state", "left"),
+    ):  # fmt: skip
+        if name != "score" or metric != "score":
+            table.add_column(name, justify=justify, no_wrap=name != "state")  # type: ignore[arg-type]
+    ordered = in_order(rows, metric)
+    for row in ordered[:limit]:
+        last = row.rungs[-1] if row.rungs else {}
+        values = [last.get(metric)] + ([last.get("score")] if metric != "score" else [])
+        state = Text(row.state, style=STATE_STYLE.get(row.state, ""))
+        if row.reason:
+            state.append(f": {row.reason}", style="dim")
+        table.add_row(
+            row.trial, schedule_label(row), f"{row.learning_rate:.1e}", f"{row.dropout:.2f}", f"{row.epoch}/{epochs}",
+            *("–" if value is None else f"{value:.4g}" for value in values),
+            f"{row.worker_seconds:.0f}", state,
+        )  # fmt: skip
+    if limit is not None and len(ordered) > limit:
+        table.add_row(f"… {len(ordered) - limit} more")
+    return table
+
+
+class SearchView:
+    """The leaderboard of a running search: live in a terminal, a line a finished trial elsewhere."""
+
+    def __init__(self, console: Console, records: Records, metric: str, epochs: int, trials: int):
+        self.console, self.records, self.metric, self.epochs, self.trials = console, records, metric, epochs, trials
+        self.began = time.monotonic()
+        self.ended_before = self._ended()
+        self.said = {row.trial: row.state for row in records}
+        self.live: Live | None = None
+
+    def _ended(self) -> int:
+        return sum(row.state not in ("running", "screened") for row in self.records)
+
+    def summary(self) -> str:
+        """Trials by state, time gone and time to go."""
+        states: list[str] = [row.state for row in self.records]
+        counts = ", ".join(f"{states.count(s)} {s}" for s in STATE_STYLE if states.count(s))
+        elapsed, ended = time.monotonic() - self.began, self._ended()
+        rate = (ended - self.ended_before) / elapsed
+        eta = f", about {_clock((self.trials - ended) / rate)} to go" if rate > 0 and ended < self.trials else ""
+        return f"{ended} of {self.trials} trials done ({counts}), {_clock(elapsed)} gone{eta}"
+
+    def __rich__(self) -> Group:
+        return Group(trials_table(self.records, self.metric, self.epochs, SHOWN), Text(self.summary(), style="bold"))
+
+    def changed(self) -> None:
+        """Called when the record may have changed."""
+        if self.live is not None:
+            return  # it looks by itself, a few times a second
+        for row in self.records:
+            if row.state != self.said.get(row.trial) and row.state != "running":
+                self.console.print(
+                    f"{row.trial}  {schedule_label(row)}  {row.state}" + (f": {row.reason}" if row.reason else "")
+                )
+            self.said[row.trial] = row.state
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Shows the view for the length of a with block."""
+        if not self.console.is_terminal:
+            yield
+            self.changed()
+            return
+        with Live(self, console=self.console, refresh_per_second=2, transient=True) as self.live:
+            yield
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with an ETA in a terminal; one line elsewhere. Yields progress(done, total)."""
+    if not console.is_terminal:
+        console.print(what)
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,}"))
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("to go"), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def ranking_table(ranking: dict[str, Any]) -> Table:
+    """ranking.json as a table, with the real images above and the noise below."""
+    score_name = ranking["score_name"]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in (
+        "rank",
+        "trial",
+        "schedule",
+        "lr",
+        "dropout",
+        score_name,
+        "95% CI",
+        "Fréchet",
+        "95% CI",
+        "P(best)",
+        "tied with",
+    ):
+        table.add_column(
+            name, justify="left" if name in ("trial", "schedule", "tied with") else "right", no_wrap=name != "tied with"
+        )
+    real, noise = ranking["real"], ranking["noise"]
+
+    def reference(name: str, row: dict[str, Any]) -> None:
+        n = "" if row["n"] == ranking["images"] else f" (N {row['n']:,})"
+        table.add_row("", name + n, "", "", "", f"{row['score']:.3f}", "", f"{row['frechet']:.2f}", style="dim")
+
+    reference("real, held out", real)
+    for row in ranking["trials"]:
+        start = [
+            str(row["rank"] or "–"),
+            row["trial"],
+            schedule_label(row),
+            f"{row['learning_rate']:.1e}",
+            f"{row['dropout']:.2f}",
+        ]
+        if row["score"] is None:
+            table.add_row(*start, "–", "", "–", "", "", row["reason"] or "")
+            continue
+        score, frechet = row["score"], row["frechet"]
+        table.add_row(
+            *start, f"{score['mean']:.3f}", f"{score['ci'][0]:.3f}–{score['ci'][1]:.3f}",
+            f"{frechet['value']:.2f}", f"{frechet['ci'][0]:.2f}–{frechet['ci'][1]:.2f}",
+            f"{row['p_best']:.2f}", ", ".join(row["tied_with"]) or "–",
+        )  # fmt: skip
+    reference("Gaussian noise", noise)
+    return table
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

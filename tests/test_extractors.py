@@ -1,0 +1,311 @@
+import hashlib
+import io
+import json
+import pickle
+import threading
+import time
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+from torch_fidelity import calculate_metrics
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from evaluation import extractors
+from evaluation.extractors import Classifier, Inception, cached_classifier, inception_path, train_classifier
+from evaluation.scores import frechet_distance, inception_score
+
+
+def split_digits(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Four fifths to learn from and one to hold out, stratified: images, labels, held-out images, held-out labels."""
+    digits = load_digits()
+    images = np.round(digits.images * 255 / 16).astype(np.uint8)[..., None]
+    parts = train_test_split(images, digits.target, test_size=0.2, stratify=digits.target, random_state=seed)
+    return parts[0], parts[2], parts[1], parts[3]
+
+
+def quick(seed: int = 0, **settings: object) -> Classifier:
+    """A classifier that has seen little: for laws that hold however well it has learned."""
+    images, labels, held_out, truth = split_digits(0)
+    return train_classifier(images[:256], labels[:256], held_out, truth, seed, epochs=1, **settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def digits_classifier() -> Classifier:
+    return train_classifier(*split_digits(0))
+
+
+@pytest.fixture(scope="module")
+def untrained() -> Classifier:
+    return quick()
+
+
+def same_weights(a: Classifier, b: Classifier) -> bool:
+    theirs = b.net.state_dict()
+    return all(torch.equal(value, theirs[name]) for name, value in a.net.state_dict().items())
+
+
+# The classifier
+
+
+def test_digits_classifier_knows_held_out_digits(digits_classifier):
+    _, _, held_out, truth = split_digits(0)
+    judged = digits_classifier.extract(held_out)
+    assert digits_classifier.accuracy >= 0.985
+    assert digits_classifier.accuracy == np.mean(judged.probabilities.argmax(axis=1) == truth)
+    assert digits_classifier.held_out == len(truth) == 360
+    # What the ranking rests on: real images score high, and noise is far from them.
+    noise = np.random.default_rng(0).integers(0, 256, held_out.shape, dtype=np.uint8)
+    assert inception_score(judged.probabilities, 360).mean > 9.3
+    train = digits_classifier.extract(split_digits(0)[0]).features
+    assert frechet_distance(judged.features, train) < 0.1 * frechet_distance(
+        digits_classifier.extract(noise).features, train
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_digits_classifier_knows_held_out_digits_of_every_split(seed):
+    assert train_classifier(*split_digits(seed), seed=seed).accuracy >= 0.985
+
+
+def test_extraction_has_the_promised_shapes(digits_classifier):
+    judged = digits_classifier.extract(split_digits(0)[2][:5])
+    assert judged.probabilities.shape == (5, 10)
+    assert judged.probabilities.dtype == np.float64
+    assert judged.probabilities.sum(axis=1) == pytest.approx(1, abs=1e-14)
+    assert judged.features.shape == (5, 64)
+    assert judged.features.dtype == np.float32
+    assert (digits_classifier.name, digits_classifier.score_name) == ("classifier", "classifier score")
+
+
+def test_extraction_does_not_depend_on_the_batch_size(digits_classifier):
+    images = split_digits(0)[2]
+    whole, pieces = digits_classifier.extract(images, 360), digits_classifier.extract(torch.as_tensor(images), 7)
+    np.testing.assert_allclose(pieces.probabilities, whole.probabilities, atol=1e-6)
+    np.testing.assert_allclose(pieces.features, whole.features, rtol=1e-4, atol=1e-5)
+
+
+def test_training_depends_on_the_seed_and_leaves_the_callers_random_numbers(untrained):
+    torch.manual_seed(123)
+    before = torch.random.get_rng_state()
+    again = quick()
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert same_weights(again, untrained)
+    assert not same_weights(quick(seed=1), untrained)
+
+
+def test_extraction_draws_no_random_numbers_and_changes_no_weight(untrained):
+    before, weights = torch.random.get_rng_state(), quick()
+    untrained.extract(split_digits(0)[2])
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert same_weights(untrained, weights)
+
+
+def test_classifier_fits_colour_images_of_32_pixels():
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (24, 32, 32, 3), dtype=np.uint8), np.arange(24) % 3
+    told: list[tuple[int, int]] = []
+    classifier = train_classifier(
+        images,
+        labels,
+        images,
+        labels,
+        epochs=2,
+        horizontal_flip=True,
+        progress=lambda done, of: told.append((done, of)),
+    )
+    judged = classifier.extract(images)
+    assert judged.probabilities.shape == (24, 3)
+    assert judged.features.shape == (24, 64)
+    assert told == [(1, 2), (2, 2)]
+
+
+def test_images_and_labels_of_another_form_are_refused(untrained):
+    images, labels, held_out, truth = split_digits(0)
+    with pytest.raises(ValueError, match="uint8"):
+        untrained.extract(images / 255)
+    with pytest.raises(ValueError, match="1 channels, but got 3"):
+        untrained.extract(np.repeat(images[:2], 3, axis=3))
+    with pytest.raises(ValueError, match=r"every class 0\.\.9"):
+        train_classifier(images[labels != 4], labels[labels != 4], held_out, truth)
+    with pytest.raises(ValueError, match="1437 integers"):
+        train_classifier(images, labels[:-1], held_out, truth)
+
+
+# The classifier on disk
+
+
+def test_loaded_classifier_equals_the_saved_one(untrained, tmp_path):
+    untrained.save(tmp_path)
+    loaded = Classifier.load(tmp_path)
+    assert same_weights(loaded, untrained)
+    assert {k: v for k, v in vars(loaded).items() if k != "net"} == {
+        k: v for k, v in vars(untrained).items() if k != "net"
+    }
+    images = split_digits(0)[2]
+    assert np.array_equal(loaded.extract(images).probabilities, untrained.extract(images).probabilities)
+
+
+def test_damaged_classifier_is_refused_and_made_again(untrained, tmp_path):
+    cached_classifier(tmp_path, "key", lambda: untrained)
+    (folder,) = tmp_path.iterdir()
+    weights = folder / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="damaged"):
+        Classifier.load(folder)
+    assert same_weights(cached_classifier(tmp_path, "key", lambda: untrained), untrained)
+    assert same_weights(Classifier.load(folder), untrained)
+    (folder / "classifier.json").write_text(json.dumps({"version": 0}))
+    with pytest.raises(ValueError, match="no readable classifier"):
+        Classifier.load(folder)
+
+
+def test_cached_classifier_is_made_once_a_key(untrained, tmp_path):
+    made: list[str] = []
+
+    def make() -> Classifier:
+        made.append("x")
+        return untrained
+
+    for key in ("a", "a", "b"):
+        assert same_weights(cached_classifier(tmp_path / "new" / "folder", key, make), untrained)
+    assert len(made) == 2
+
+
+def test_two_that_start_at_once_return_the_same_classifier(tmp_path):
+    candidates = [quick(seed=0), quick(seed=1)]
+    both_are_making = threading.Barrier(2)
+    found: list[Classifier] = []
+
+    def start(own: Classifier) -> None:
+        def make() -> Classifier:
+            both_are_making.wait(timeout=60)
+            return own
+
+        found.append(cached_classifier(tmp_path, "key", make))
+
+    threads = [threading.Thread(target=start, args=(candidate,)) for candidate in candidates]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert same_weights(found[0], found[1])
+    assert len(list(tmp_path.iterdir())) == 1  # nothing half-made is left
+
+
+# Inception
+
+
+def test_inception_weights_are_checked_before_they_are_loaded(tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(pickle.dumps({"not": "tensors"}))
+    with pytest.raises(ValueError, match=extractors.INCEPTION_SHA256):
+        Inception(path)
+
+
+class Harmful:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_inception_weights_can_run_no_code(tmp_path):
+    trace, path, content = tmp_path / "trace", tmp_path / "weights.pth", io.BytesIO()
+    torch.save({"fc.weight": Harmful(trace)}, content)
+    path.write_bytes(content.getvalue())
+    with pytest.raises(pickle.UnpicklingError):
+        Inception(path, sha256=hashlib.sha256(content.getvalue()).hexdigest())
+    assert not trace.exists()
+
+
+def test_missing_inception_weights_are_named(tmp_path, monkeypatch):
+    def offline(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=f"{inception_path()}.*no route to host"):
+        Inception()
+    assert list(inception_path().parent.iterdir()) == []
+    with pytest.raises(FileNotFoundError, match=extractors.INCEPTION_URL):
+        Inception(tmp_path / "mine.pth")
+
+
+@pytest.fixture(scope="module")
+def random_inception(tmp_path_factory) -> tuple[Path, str]:
+    """Weights of the real architecture, drawn so that images differ in features and logits; their file and SHA-256."""
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        torch.manual_seed(0)
+        net = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(path))
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+        nn.init.normal_(net.fc.weight, std=3.0)
+    torch.save(net.state_dict(), path)
+    return path, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_inception_takes_grey_images_and_repeats_the_channel(random_inception):
+    path, digest = random_inception
+    images = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)
+    before = torch.random.get_rng_state()
+    inception = Inception(path, sha256=digest)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    judged = inception.extract(images)
+    assert judged.features.shape == (1, 2048)
+    assert judged.probabilities.shape == (1, 1008)
+    colour = inception.to("cpu").extract(np.repeat(images, 3, axis=3))
+    np.testing.assert_allclose(judged.features, colour.features, rtol=1e-4, atol=1e-5)
+    assert (inception.name, inception.score_name) == ("inception", "Inception Score")
+
+
+class Images(torch.utils.data.Dataset):
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = torch.as_tensor(images).permute(0, 3, 1, 2)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.images[index]
+
+
+@pytest.mark.slow
+def test_scores_match_torch_fidelity_on_the_same_images_and_weights(random_inception):
+    path, digest = random_inception
+    rng = np.random.default_rng(0)
+    smooth = rng.integers(0, 256, (2, 24, 4, 4, 3), dtype=np.uint8).repeat(8, axis=2).repeat(8, axis=3)
+    theirs = calculate_metrics(
+        input1=Images(smooth[0]),
+        input2=Images(smooth[1]),
+        isc=True,
+        fid=True,
+        cuda=False,
+        cache=False,
+        verbose=False,
+        batch_size=8,
+        isc_splits=2,
+        samples_shuffle=False,
+        save_cpu_ram=True,
+        feature_extractor_weights_path=str(path),
+    )
+    started = time.monotonic()
+    ours = [Inception(path, sha256=digest).extract(images, batch_size=8) for images in smooth]
+    score = inception_score(ours[0].probabilities, 12)
+    distance = frechet_distance(ours[0].features, ours[1].features)
+    print(theirs, score, distance, time.monotonic() - started)
+    assert score.mean > 1.2
+    assert score.mean == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    assert score.std == pytest.approx(theirs["inception_score_std"], rel=1e-4)
+    assert distance == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)

@@ -1,0 +1,216 @@
+import json
+
+import numpy as np
+import pytest
+
+from evaluation.ranking import P_BEST_DRAWS, TrialSamples, p_best, rank, score_influence
+from evaluation.scores import FeatureStatistics, frechet_distance, inception_score, softmax_float64
+
+Z = 1.959964
+
+
+def draw_probabilities(n: int, k: int, sharpness: float, rng: np.random.Generator, skew: float = 0.0) -> np.ndarray:
+    """Predictions of varying certainty over unbalanced classes, for which no closed form exists."""
+    weights = np.linspace(1, 2 + skew, k)
+    classes = rng.choice(k, size=n, p=weights / weights.sum())
+    logits = rng.standard_normal((n, k))
+    logits[np.arange(n), classes] += sharpness * rng.gamma(2, 0.5, n)
+    return softmax_float64(logits)
+
+
+def draw_features(n: int, rng: np.random.Generator, shift: float = 0.1, d: int = 16) -> np.ndarray:
+    mix = np.random.default_rng(99).standard_normal((d, d)) / np.sqrt(d)
+    return np.maximum(1.1 * rng.standard_normal((n, d)) @ mix + shift, 0)
+
+
+REFERENCE = FeatureStatistics.of(draw_features(5000, np.random.default_rng(7), shift=0.0))
+
+
+def trial(name: str, sharpness: float, n: int = 600, seed: int = 0, own: float = 0.0) -> TrialSamples:
+    """Trials of one seed share their noise; `own` mixes in noise of the trial's own."""
+    rng, private = np.random.default_rng(seed), np.random.default_rng([seed, *name.encode()])
+    classes, noise = rng.integers(10, size=n), rng.standard_normal((n, 10))
+    noise = np.sqrt(1 - own**2) * noise + own * private.standard_normal((n, 10))
+    probabilities = softmax_float64(noise + sharpness * np.eye(10)[classes])
+    return TrialSamples(name, probabilities, draw_features(n, rng))
+
+
+# Intervals
+
+
+def coverage(k: int, n: int, split_size: int, sharpness: float, rankings: int, draws_for_truth: int) -> float:
+    rng = np.random.default_rng([k, n, split_size])
+    expected = np.mean(
+        [inception_score(draw_probabilities(n, k, sharpness, rng), split_size).mean for _ in range(draws_for_truth)]
+    )
+    covered = 0
+    for _ in range(rankings):
+        p = draw_probabilities(n, k, sharpness, rng)
+        half = Z * np.sqrt(np.square(score_influence(p, split_size)).sum())
+        covered += abs(inception_score(p, split_size).mean - expected) <= half
+    return covered / rankings
+
+
+def test_interval_covers_the_expected_score_at_n():
+    assert 0.92 <= coverage(10, 500, 500, sharpness=4, rankings=300, draws_for_truth=1000) <= 0.98
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("k", "n", "split_size", "sharpness"),
+    [
+        (10, 500, 500, 4),
+        (10, 2000, 500, 4),
+        (10, 2000, 2000, 4),
+        (10, 1000, 1000, 12),
+        (10, 500, 500, 40),
+        (100, 1000, 1000, 6),
+    ],
+)
+def test_interval_covers_the_expected_score_at_n_in_many_regimes(k, n, split_size, sharpness):
+    assert 0.93 <= coverage(k, n, split_size, sharpness, rankings=1000, draws_for_truth=2000) <= 0.97
+
+
+def test_influence_is_the_derivative_in_the_weight_of_an_image():
+    p = draw_probabilities(50, 10, 4, np.random.default_rng(0))
+    n, step = len(p), 1e-6
+
+    def score(weights: np.ndarray) -> float:
+        return float(np.exp(weights @ (p * np.log(p / (weights @ p))).sum(axis=1)))
+
+    influence = score_influence(p, n) * np.sqrt(n * (n - 1))
+    for i in range(0, n, 7):
+        ends = [score((1 - e) * np.full(n, 1 / n) + e * (np.arange(n) == i)) for e in (-step, step)]
+        assert influence[i] == pytest.approx((ends[1] - ends[0]) / (2 * step), rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "low", "high"), [(2000, 0.93, 0.975), (150, 0.93, 1.0)])  # wide where n is near D
+def test_frechet_interval_covers_its_expectation_at_n(n, low, high):
+    rng = np.random.default_rng(n)
+    expected = np.mean([frechet_distance(draw_features(n, rng), REFERENCE) for _ in range(1000)])
+    p = draw_probabilities(n, 10, 4, rng)
+    rows = [rank([TrialSamples("a", p, draw_features(n, rng))], REFERENCE, n)[0] for _ in range(500)]
+    covered = np.mean([r.frechet.ci[0] <= expected <= r.frechet.ci[1] for r in rows if r.frechet])
+    assert low <= covered <= high
+
+
+def test_interval_is_centred_on_the_estimate_and_is_no_split_std():
+    (row,) = rank([trial("a", 4)], REFERENCE, split_size=200)
+    assert row.score is not None
+    assert row.frechet is not None
+    assert np.mean(row.score.ci) == pytest.approx(row.score.mean)
+    assert np.mean(row.frechet.ci) == pytest.approx(row.frechet.value)
+    assert row.score.std == inception_score(trial("a", 4).probabilities, 200).std
+
+
+def test_interval_shrinks_with_the_square_root_of_n():
+    widths = [np.ptp(rank([trial("a", 4, n=n)], REFERENCE, 100)[0].score.ci) for n in (500, 8000)]
+    assert widths[0] / widths[1] == pytest.approx(4, rel=0.15)
+
+
+def test_interval_stays_between_1_and_k():
+    one_hot = np.repeat(np.eye(10), [2, 1, 1, 1, 1, 1, 1, 1, 1, 1], axis=0)
+    (row,) = rank([TrialSamples("a", one_hot, draw_features(11, np.random.default_rng(0)))], REFERENCE, 11)
+    assert row.score is not None
+    assert 1 <= row.score.ci[0] < row.score.mean <= row.score.ci[1] <= 10
+
+
+# Order, ties, P(best)
+
+
+def test_trials_are_ordered_by_score_whatever_order_they_come_in():
+    trials = [trial("weak", 1), trial("strong", 6), trial("middle", 3)]
+    rows = rank(trials, REFERENCE, 300)
+    assert [(r.rank, r.trial) for r in rows] == [(1, "strong"), (2, "middle"), (3, "weak")]
+    assert [r.score.mean for r in rows if r.score] == sorted([r.score.mean for r in rows if r.score], reverse=True)
+    assert rank(trials[::-1], REFERENCE, 300) == rows
+    assert [r.tied_with for r in rows] == [(), (), ()]
+    assert [r.p_best for r in rows] == pytest.approx([1, 0, 0], abs=1e-6)
+
+
+def test_trials_with_the_same_images_are_tied_and_equally_likely_the_best():
+    same = trial("a", 4)
+    rows = rank([same, TrialSamples("b", same.probabilities, same.features), trial("weak", 1)], REFERENCE, 300)
+    assert [r.tied_with for r in rows] == [("b",), ("a",), ()]
+    assert [r.p_best for r in rows] == pytest.approx([0.5, 0.5, 0.0], abs=1e-12)
+
+
+def test_common_noise_separates_trials_that_independent_noise_cannot():
+    for seed in range(5):
+        paired = rank([trial("a", 4.0, seed=seed), trial("b", 4.05, seed=seed)], REFERENCE, 300)
+        assert [r.tied_with for r in paired] == [(), ()]
+    apart = [rank([trial("a", 4.0, seed=seed), trial("b", 4.05, seed=seed + 1)], REFERENCE, 300) for seed in range(5)]
+    assert sum(r[0].tied_with == (r[1].trial,) for r in apart) >= 3
+
+
+def share_called_different(rankings: int) -> float:
+    rows = [
+        rank([trial("a", 4, 500, i, own=0.5), trial("b", 4, 500, i, own=0.5)], REFERENCE, 250) for i in range(rankings)
+    ]
+    return float(np.mean([r[0].tied_with == () for r in rows]))
+
+
+def test_equal_trials_are_called_different_in_about_5_of_100():
+    assert 0.01 <= share_called_different(100) <= 0.10
+
+
+@pytest.mark.slow
+def test_equal_trials_are_called_different_in_5_of_100():
+    assert 0.035 <= share_called_different(2000) <= 0.065
+
+
+def test_p_best_of_two_is_the_normal_probability_of_their_difference():
+    covariance = np.array([[1.0, 0.6], [0.6, 2.0]])  # the difference has variance 1.8
+    chances = p_best(np.array([0.5, 0.0]), covariance)
+    assert chances[0] == pytest.approx(0.6453, abs=4 * np.sqrt(0.25 / P_BEST_DRAWS))  # Phi(0.5 / sqrt(1.8))
+    assert chances.sum() == pytest.approx(1, abs=1e-12)
+
+
+# What cannot be ranked
+
+
+def test_trials_without_a_score_come_last_with_their_reason():
+    nan = trial("nan", 4)
+    nan_features = np.full_like(np.asarray(nan.features), np.nan)
+    rows = rank(
+        [
+            TrialSamples("lost", reason="the loss was not finite at step 12"),
+            TrialSamples("nan", nan.probabilities, nan_features),
+            trial("good", 4),
+            TrialSamples("logits", np.log(np.asarray(nan.probabilities)), nan.features),
+        ],
+        REFERENCE,
+        300,
+    )
+    assert [(r.rank, r.trial) for r in rows] == [(1, "good"), (None, "lost"), (None, "nan"), (None, "logits")]
+    assert rows[1].reason == "the loss was not finite at step 12"
+    assert "features must be finite" in str(rows[2].reason)
+    assert "are these logits?" in str(rows[3].reason)
+    assert rows[0].p_best == 1
+    assert rows[1].score is rows[1].frechet is rows[1].p_best is None
+
+
+def test_a_ranking_of_failures_is_still_a_ranking():
+    assert [r.rank for r in rank([TrialSamples("a", reason="x")], REFERENCE, 300)] == [None]
+    assert rank([], REFERENCE, 300) == []
+
+
+def test_rows_are_what_ranking_json_holds():
+    row = rank([trial("a", 4)], REFERENCE, 300)[0].to_dict()
+    assert json.loads(json.dumps(row, allow_nan=False)) == row
+    assert list(row) == ["rank", "trial", "score", "frechet", "p_best", "tied_with", "confirmed", "reason"]
+    assert list(row["score"]) == ["mean", "std", "ci"]
+    assert list(row["frechet"]) == ["value", "ci"]
+    assert row["confirmed"] is False
+    lost = rank([TrialSamples("a", reason="x")], REFERENCE, 300)[0].to_dict()
+    assert lost["score"] is lost["frechet"] is None
+
+
+def test_trials_that_cannot_be_compared_are_refused():
+    with pytest.raises(ValueError, match="same number of images"):
+        rank([trial("a", 4, n=100), trial("b", 4, n=200)], REFERENCE, 50)
+    with pytest.raises(ValueError, match="names must differ"):
+        rank([trial("a", 4), trial("a", 5)], REFERENCE, 50)
+    with pytest.raises(ValueError, match="split_size >= 2"):
+        rank([trial("a", 4)], REFERENCE, 1)

@@ -1,0 +1,254 @@
+"""Laws of evaluation/sampling.py."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from evaluation.config import SamplerConfig
+from evaluation.sampling import block_seed, denoise_block, sample_block, sample_images, timesteps
+from trainer import schedules
+
+COSINE = schedules.betas("cosine", 0, 1)
+LINEAR = schedules.betas("linear", 1e-4, 0.02)
+SHAPE = (3, 8, 8)
+MEAN, VARIANCE = 0.3, 0.01  # of Gaussian data whose x_0 is seven standard deviations from being clipped
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small are slower on many threads, many times so where other processes want the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        dropout=0.5,
+    )
+
+
+def gaussian_denoiser(betas, mean=MEAN, variance=VARIANCE):
+    """E[eps | x_t] for pixels N(mean, variance): what a perfect model of such data predicts."""
+    alpha_bar = torch.from_numpy(schedules.alpha_bar(betas))
+
+    def denoise(x_t, t):
+        a = alpha_bar[t].view(-1, 1, 1, 1)
+        return ((1 - a).sqrt() * (x_t - a.sqrt() * mean) / (a * variance + 1 - a)).to(x_t.dtype)
+
+    return denoise
+
+
+def gaussian_recursion(betas, sampler):
+    """Mean and variance of what the sampler draws with `gaussian_denoiser`: every step is linear in x."""
+    visited = timesteps(len(betas), sampler.steps)
+    alpha_bar = schedules.alpha_bar(betas)[visited]
+    previous = np.append(alpha_bar[1:], 1.0)
+    mean, variance = 0.0, 1.0
+    for k, (a, p) in enumerate(zip(alpha_bar, previous, strict=True)):
+        gain = np.sqrt(a) * VARIANCE / (a * VARIANCE + 1 - a)  # d x_0 / d x_t
+        offset = MEAN - gain * np.sqrt(a) * MEAN
+        beta = 1 - a / p
+        sigma2 = beta * (1 - p) / (1 - a)
+        if sampler.name == "ddpm":
+            on_x_0, on_x_t = np.sqrt(p) * beta / (1 - a), np.sqrt(a / p) * (1 - p) / (1 - a)
+            sigma2 = beta if sampler.variance == "fixed_large" else sigma2
+        else:  # eps = (x_t - sqrt(a) x_0) / sqrt(1 - a)
+            sigma2 *= sampler.eta**2
+            on_x_t = np.sqrt((1 - p - sigma2) / (1 - a))
+            on_x_0 = np.sqrt(p) - on_x_t * np.sqrt(a)
+        slope = on_x_0 * gain + on_x_t
+        mean = slope * mean + on_x_0 * offset
+        variance = slope**2 * variance + (sigma2 if k < len(visited) - 1 else 0.0)
+    return mean, variance
+
+
+@pytest.mark.parametrize("sampler", [("ddim", 0.0), ("ddim", 0.5), ("ddpm", 0.0)])
+@pytest.mark.parametrize("betas", [COSINE, LINEAR])
+def test_a_block_is_what_diffusers_pipelines_draw(unet, betas, sampler):
+    name, eta = sampler
+    config = SamplerConfig(name=name, eta=eta, steps=10, block_size=4, seed=3)
+    generator = torch.Generator().manual_seed(block_seed(3, 2))
+    options = {"trained_betas": betas, "timestep_spacing": "trailing", "clip_sample": True}
+    call = {"batch_size": 4, "generator": generator, "num_inference_steps": 10, "output_type": "np"}
+    if name == "ddim":
+        pipeline = DDIMPipeline(unet.eval(), DDIMScheduler(1000, **options))
+        call["eta"] = eta
+    else:
+        pipeline = DDPMPipeline(unet.eval(), DDPMScheduler(1000, variance_type="fixed_small", **options))
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = np.round(pipeline(**call).images * 255)
+    ours = sample_block(unet, betas, SHAPE, config, 2, "cpu")
+    assert ours.shape == (4, 8, 8, 3)
+    assert ours.dtype == np.uint8
+    assert np.ptp(ours) > 50
+    assert np.abs(ours - theirs).max() <= 1  # diffusers keeps its tables in float32
+
+
+@pytest.mark.parametrize("steps", [1000, 10])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("betas", [COSINE, LINEAR])
+def test_ddpm_draws_the_gaussian_that_the_exact_recursion_gives(betas, variance, steps):
+    sampler = SamplerConfig(name="ddpm", steps=steps, variance=variance, block_size=20)
+    x = denoise_block(gaussian_denoiser(betas), betas, (3, 16, 16), sampler, 0, "cpu").double()  # 15,360 pixels
+    mean, true_variance = gaussian_recursion(betas, sampler)
+    assert x.mean().item() == pytest.approx(mean, abs=4 * (true_variance / x.numel()) ** 0.5)
+    assert x.var().item() == pytest.approx(true_variance, rel=4 * (2 / x.numel()) ** 0.5)
+    if steps == 1000:
+        assert mean == pytest.approx(MEAN, abs=2e-3)
+        assert true_variance == pytest.approx(VARIANCE, rel=0.1)
+
+
+@pytest.mark.parametrize("betas", [COSINE, LINEAR])
+def test_fixed_small_spreads_too_little_and_fixed_large_too_much(betas):
+    sampler = SamplerConfig(name="ddpm", steps=100, block_size=50)
+    small, large = (
+        denoise_block(
+            gaussian_denoiser(betas), betas, (3, 16, 16), sampler.model_copy(update={"variance": variance}), 0, "cpu"
+        ).var()
+        for variance in ("fixed_small", "fixed_large")
+    )
+    assert 0.5 * VARIANCE < small < 0.9 * VARIANCE
+    assert 1.05 * VARIANCE < large < 1.5 * VARIANCE
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [200, 7])
+def test_ddim_draws_the_gaussian_that_the_exact_recursion_gives(eta, steps):
+    sampler = SamplerConfig(name="ddim", steps=steps, eta=eta, block_size=20)
+    x = denoise_block(gaussian_denoiser(LINEAR), LINEAR, (3, 16, 16), sampler, 0, "cpu").double()
+    mean, true_variance = gaussian_recursion(LINEAR, sampler)
+    assert x.mean().item() == pytest.approx(mean, abs=4 * (true_variance / x.numel()) ** 0.5)
+    assert x.var().item() == pytest.approx(true_variance, rel=4 * (2 / x.numel()) ** 0.5)
+
+
+@pytest.mark.parametrize(("T", "steps"), [(1000, 50), (1000, 1000), (1000, 7), (1000, 1), (10, 7), (3, 2), (1, 1)])
+def test_timesteps_fall_strictly_from_the_last_index(T, steps):
+    visited = timesteps(T, steps)
+    assert visited.shape == (steps,)
+    assert visited[0] == T - 1
+    assert visited[-1] >= 0
+    assert (np.diff(visited) < 0).all()
+
+
+def test_more_steps_than_the_schedule_has_visit_every_index():
+    assert timesteps(4, 50).tolist() == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize(("T", "steps"), [(0, 1), (10, 0)])
+def test_no_steps_are_refused(T, steps):
+    with pytest.raises(ValueError, match="must be >= 1"):
+        timesteps(T, steps)
+
+
+@pytest.mark.parametrize("sampler", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5)])
+def test_images_do_not_depend_on_shards(unet, sampler):
+    config = SamplerConfig(name=sampler[0], eta=sampler[1], steps=3, block_size=4)
+    whole = sample_images(unet, COSINE, SHAPE, config, 0, 13, "cpu")
+    for first, count in [(0, 4), (4, 9), (3, 2), (12, 1), (5, 0)]:
+        shard = sample_images(unet, COSINE, SHAPE, config, first, count, "cpu")
+        assert shard.shape == (count, 8, 8, 3)
+        np.testing.assert_array_equal(shard, whole[first : first + count])
+    np.testing.assert_array_equal(sample_block(unet, COSINE, SHAPE, config, 1, "cpu", count=3), whole[4:7])
+
+
+def test_another_seed_or_block_is_other_noise():
+    seeds = {block_seed(seed, block) for seed in range(30) for block in range(30)}
+    assert len(seeds) == 900
+
+
+def test_all_models_see_the_same_noise():
+    """Deterministic DDIM, one step: the image is a function of x_T alone, whatever came before in the process."""
+    config = SamplerConfig(steps=1, block_size=2)
+    seen = []
+    for _ in range(2):
+        sample_block(lambda x, t: seen.append(x.clone()) or x, COSINE, SHAPE, config, 5, "cpu")
+        torch.randn(3)
+    assert torch.equal(*seen)
+    expected = torch.randn((2, *SHAPE), generator=torch.Generator().manual_seed(block_seed(0, 5)))
+    assert torch.equal(seen[0], expected)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_sampling_consumes_no_global_random_numbers(unet, name):
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    sample_block(unet.train(), COSINE, SHAPE, SamplerConfig(name=name, eta=1.0, steps=2, block_size=2), 0, "cpu")
+    assert torch.equal(torch.get_rng_state(), before[0])
+    np.testing.assert_array_equal(np.random.get_state()[1], before[1])
+
+
+def test_dropout_is_off_and_every_training_flag_comes_back(unet):
+    config = SamplerConfig(steps=2, block_size=2)
+    unet.eval()
+    expected = sample_block(unet, COSINE, SHAPE, config, 0, "cpu")
+    unet.train()
+    unet.mid_block.eval()  # frozen by its owner
+    np.testing.assert_array_equal(sample_block(unet, COSINE, SHAPE, config, 0, "cpu"), expected)
+    assert unet.training
+    assert not unet.mid_block.training
+
+    def fails(x, t):
+        raise RuntimeError("no device")
+
+    unet.forward, forward = fails, unet.forward
+    try:
+        with pytest.raises(RuntimeError, match="no device"):
+            sample_block(unet, COSINE, SHAPE, config, 0, "cpu")
+    finally:
+        unet.forward = forward
+    assert unet.training
+
+
+@pytest.mark.parametrize(
+    "sampler", [("ddpm", "fixed_small", 0.0), ("ddpm", "fixed_large", 0.0), ("ddim", "fixed_small", 0.5)]
+)
+@pytest.mark.parametrize("curve", [("polynomial", 0, 1, 2.0), ("cosine", 0, 1, 20.0), ("sigmoid", 0, 3, 1e-3)])
+def test_float32_sampling_is_finite_where_alpha_bar_meets_0_or_1(curve, sampler):
+    name, variance, eta = sampler
+    betas = schedules.betas(*curve)
+    for steps in (1000, 20):
+        config = SamplerConfig(name=name, variance=variance, eta=eta, steps=steps, block_size=2)
+        x = denoise_block(lambda x, t: torch.zeros_like(x), betas, (1, 2, 2), config, 0, "cpu")
+        assert x.dtype == torch.float32
+        assert torch.isfinite(x).all()
+
+
+def test_a_diverged_model_is_an_error_and_no_image():
+    with pytest.raises(FloatingPointError, match="block 3"):
+        sample_block(lambda x, t: x * torch.nan, COSINE, SHAPE, SamplerConfig(steps=2, block_size=2), 3, "cpu")
+
+
+def test_pixels_are_clamped_and_rounded():
+    """A model that sees x_0 = level everywhere: black, the middle rounded up, white, and beyond white."""
+    for level, pixel in [(-1.0, 0), (0.0, 128), (1.0, 255), (3.0, 255), (0.3, 166)]:  # 127.5 and 165.75 before rounding
+
+        def denoise(x_t, t, level=level):
+            a = torch.from_numpy(schedules.alpha_bar(LINEAR))[t].view(-1, 1, 1, 1)
+            return (x_t - a.sqrt() * level) / (1 - a).sqrt()
+
+        image = sample_block(denoise, LINEAR, (1, 2, 2), SamplerConfig(steps=5, block_size=1), 0, "cpu")
+        assert np.abs(image.astype(int) - pixel).max() <= (level == 0.0)
+
+
+def test_progress_counts_images():
+    done = []
+    config = SamplerConfig(steps=1, block_size=4)
+    sample_images(lambda x, t: x, COSINE, SHAPE, config, 2, 7, "cpu", progress=done.append)
+    assert done == [2, 6, 7]
+
+
+def test_negative_ranges_are_refused():
+    with pytest.raises(ValueError, match=r"first >= 0 and count >= 0 must hold.*first=-1"):
+        sample_images(lambda x, t: x, COSINE, SHAPE, SamplerConfig(), -1, 2, "cpu")

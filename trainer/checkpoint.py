@@ -1,0 +1,88 @@
+"""What a checkpoint holds, how it is written, and how it is verified when it is read.
+
+A checkpoint is a folder: `state.pt` (tensors and plain numbers, loaded with weights_only=True) and
+`checkpoint.json` (format, step, epoch, configuration, versions, and the SHA-256 of state.pt), written last.
+"""
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer import model as unet
+from trainer.config import TrainConfig
+from trainer.storage import Storage
+
+FORMAT = 1
+
+
+class BrokenCheckpointError(Exception):
+    """A checkpoint that is cut short, altered, or of another format; the message names it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: `meta` is checkpoint.json, `state` what state.pt holds."""
+
+    meta: dict[str, Any]
+    state: dict[str, Any]
+
+    @property
+    def config(self) -> TrainConfig:
+        return TrainConfig.model_validate(self.meta["config"])
+
+    def denoiser(self, weights: str = "ema") -> nn.Module:
+        """The U-Net in eval mode with its EMA weights (or `weights="raw"`), on the CPU."""
+        config = self.config
+        network = unet.build(config.model, tuple(self.meta["image_shape"]), config.dropout, seed=0)
+        network.load_state_dict(self.state["ema" if weights == "ema" else "model"])
+        return network.eval().requires_grad_(False)
+
+
+def save(folder: Path, state: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Writes a checkpoint into `folder`; checkpoint.json comes last, so a cut write is no checkpoint."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    storage = Storage(folder)
+    storage.write("state.pt", content)
+    storage.write_json(
+        "checkpoint.json",
+        {
+            "format": FORMAT,
+            **meta,
+            "versions": {name: version(name) for name in ("ddpm-search", "torch", "diffusers")},
+            "sha256": hashlib.sha256(content).hexdigest(),
+        },
+    )
+
+
+def load(storage: Storage) -> Checkpoint:
+    """Reads and verifies the checkpoint in a folder. Raises BrokenCheckpointError."""
+    try:
+        meta = storage.read_json("checkpoint.json")
+        content = storage.read("state.pt")
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BrokenCheckpointError(f"checkpoint {storage.uri} cannot be read: {error}") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise BrokenCheckpointError(f"checkpoint {storage.uri} is not of format {FORMAT}")
+    if hashlib.sha256(content).hexdigest() != meta["sha256"]:
+        raise BrokenCheckpointError(f"checkpoint {storage.uri} is damaged: state.pt does not match its SHA-256")
+    return Checkpoint(meta, torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+
+
+def latest(storage: Storage) -> tuple[Storage, Checkpoint] | None:
+    """The newest whole checkpoint among the folders checkpoint_* here; broken ones are named and passed over."""
+    for name in sorted((n for n in storage.names() if n.startswith("checkpoint_")), reverse=True):
+        folder = storage.at(name)
+        try:
+            return folder, load(folder)
+        except BrokenCheckpointError as error:
+            print(f"{error}; trying the one before", flush=True)
+    return None

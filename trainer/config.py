@@ -1,0 +1,109 @@
+"""What one training is: every setting of it, checked where it is built."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from trainer import schedules
+
+
+class Config(BaseModel):
+    """Frozen, and refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ScheduleConfig(Config):
+    """A noise schedule: see trainer/schedules.py for the families and their laws. Default: Ho 2020."""
+
+    family: schedules.Family = "linear"
+    start: float = 1e-4
+    end: float = 0.02
+    tau: float = 1.0
+    steps: int = Field(1000, ge=1, description="T, the number of diffusion steps")
+    space: Literal["alpha_bar", "beta"] = "alpha_bar"
+
+    @model_validator(mode="after")
+    def _keeps_the_laws(self) -> "ScheduleConfig":
+        schedules.check(**self.model_dump())
+        return self
+
+    def label(self) -> str:
+        """Short name for tables, such as cosine(0, 1, tau 1)."""
+        tau = "" if self.family == "linear" else f", tau {self.tau:.3g}"
+        space = " as beta" if self.space == "beta" else ""
+        return f"{self.family}({self.start:.3g}, {self.end:.3g}{tau}){space}"
+
+
+class DataConfig(Config):
+    """Which images. `name` is digits, or parquet:PATH (one file or a folder of files)."""
+
+    name: str = "digits"
+    subset: int | None = Field(None, ge=2, description="images used, drawn by seed; None is all of them")
+    train_fraction: float = Field(0.8, gt=0, lt=1, description="the rest is held out")
+    image_size: int | None = Field(None, ge=1, description="pixels a side; None keeps the files' own")
+    horizontal_flip: bool = False
+    image_column: str = "img"
+    label_column: str = "label"
+    seed: int = 0
+
+
+class ModelConfig(Config):
+    """diffusers' UNet2DModel, one entry of `channels` and `attention` a resolution level."""
+
+    channels: tuple[int, ...] = (128, 256, 256, 256)
+    attention: tuple[bool, ...] = (False, True, True, True)
+    layers_per_block: int = Field(2, ge=1)
+    attention_head_dim: int = Field(64, ge=1, description="channels a head; fewer heads are faster on CPU")
+    norm_groups: int = Field(32, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "ModelConfig":
+        if len(self.channels) != len(self.attention):
+            raise ValueError(
+                "model.channels and model.attention must have one entry a level each, "
+                f"but have {len(self.channels)} and {len(self.attention)}"
+            )
+        for count in self.channels:
+            if count % self.norm_groups:
+                raise ValueError(
+                    f"every model.channels must be a multiple of norm_groups={self.norm_groups}, but got {count}"
+                )
+        return self
+
+    def check_fits(self, shape: tuple[int, int, int]) -> None:
+        """Raises ValueError where an image of shape (C, H, W) does not halve once a level."""
+        _, height, width = shape
+        levels = len(self.channels)
+        halving = 2 ** (levels - 1)
+        if height % halving or width % halving or min(height, width) < 2 * halving:
+            raise ValueError(
+                f"model.channels has {levels} levels, which need images that halve {levels - 1} times, "
+                f"to at least 2 pixels, but they are {height}x{width}; give fewer levels or another data.image_size"
+            )
+
+
+class TrainConfig(Config):
+    """One training. Defaults are the original study's (T 1000, batch 16, Adam 2e-4, StepLR 0.85 every 5 epochs)."""
+
+    data: DataConfig = DataConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    model: ModelConfig = ModelConfig()
+    epochs: int = Field(100, ge=1)
+    batch_size: int = Field(16, ge=1, description="images a step over all workers together")
+    learning_rate: float = Field(2e-4, gt=0)
+    lr_decay: float = Field(0.85, gt=0, le=1, description="learning rate is multiplied by this …")
+    lr_decay_epochs: int = Field(5, ge=1, description="… after every so many epochs")
+    dropout: float = Field(0.1, ge=0, lt=1)
+    gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm")
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="reached by warm-up (1+n)/(10+n)")
+    seed: int = Field(0, ge=0)
+    workers: int = Field(1, ge=1, description="DDP workers of one training")
+
+    @model_validator(mode="after")
+    def _a_slice_for_every_worker(self) -> "TrainConfig":
+        if self.batch_size < self.workers:
+            raise ValueError(
+                f"batch_size >= workers must hold, but got batch_size={self.batch_size}, workers={self.workers}"
+            )
+        return self
