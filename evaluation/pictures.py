@@ -93,7 +93,7 @@ def save_grid_png(path: Path | IO[bytes], images: np.ndarray, columns: int | Non
     grid = image_grid(images, columns)
     if grid.shape[-1] not in (1, 3):
         raise ValueError(f"images must have 1 or 3 channels to be a picture, but have {grid.shape[-1]}")
-    Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(path, format="PNG", optimize=True)
+    Image.fromarray(grid[..., 0] if grid.shape[-1] == 1 else grid).save(_ready(path), format="PNG", optimize=True)
 
 
 def schedule_panels(configs: Iterable[tuple[ScheduleConfig, int | None]]) -> list[Panel]:
@@ -137,7 +137,7 @@ def plot_schedules(configs: Sequence[ScheduleConfig], path: Path | IO[bytes]) ->
     with _look():
         figure = Figure(figsize=(WIDTH, _curves_height(configs)), layout="constrained")
         _draw_schedules(figure, configs)
-        figure.savefig(path, format="png", dpi=120)
+        figure.savefig(_ready(path), format="png", dpi=120)
 
 
 def plot_compare(configs: Sequence[ScheduleConfig], image: np.ndarray, path: Path | IO[bytes]) -> None:
@@ -178,7 +178,7 @@ def plot_compare(configs: Sequence[ScheduleConfig], image: np.ndarray, path: Pat
                 cell.set(xticks=[], yticks=[])
                 if number == 0:
                     cell.set_title(f"{time:.1f}", fontsize=10)
-        figure.savefig(path, format="png", dpi=120)
+        figure.savefig(_ready(path), format="png", dpi=120)
 
 
 def noised_strip(config: ScheduleConfig, image: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -193,6 +193,13 @@ def noised_strip(config: ScheduleConfig, image: np.ndarray) -> tuple[np.ndarray,
     kept = alpha_bar[np.round(times * config.steps).astype(int)]
     noised = [np.sqrt(signal) * x_0 + np.sqrt(1 - signal) * eps for signal in kept]
     return times, [((x_t.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8) for x_t in noised]
+
+
+def _ready(path: Path | IO[bytes]) -> Path | IO[bytes]:
+    """The same, its folder made where it lacked."""
+    if isinstance(path, Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _refuse_none(configs: Sequence[ScheduleConfig]) -> None:
@@ -244,7 +251,8 @@ def _draw_schedules(figure: "Figure | Any", configs: Sequence[ScheduleConfig]) -
     for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
         _draw(axes, panel)
     columns = min(LEGEND_COLUMNS, len(configs))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5)
+    lines, labels = axes.get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5)
 
 
 def _curves_height(configs: Sequence[ScheduleConfig]) -> float:

@@ -11,8 +11,9 @@ distribution that makes the mean KL least. Hence image i of split s has the infl
 by the delta method the variance of the score is the sum of their squares. Influences of two trials at one index come
 from one noise, so their sum of products is the covariance that a paired comparison needs.
 
-Coverage of E[score at N] by 95% intervals, simulated (tests/test_ranking.py): 93-97% for 10 to 1,000 classes and
-500 to 2,000 images. A percentile bootstrap covered 48%: resampling repeats images, which shifts the bias.
+Coverage of E[score at N] by 95% intervals, simulated: 93-95% for 10 to 1,000 classes and 500 to 5,000 images
+(tests/test_ranking.py repeats those of up to 100 classes). A percentile bootstrap covered 48%: resampling repeats
+images, which shifts the bias.
 """
 
 from collections.abc import Sequence

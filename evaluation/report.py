@@ -2,6 +2,7 @@
 
 import base64
 import io
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -39,11 +40,12 @@ body{font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:#1
 h1{font-size:1.7rem;line-height:1.2;margin:0 0 .3rem}h2{font-size:1.25rem;margin:2.6rem 0 .6rem}
 h3{font-size:1rem;margin:1.2rem 0 .3rem}
 p,ul{max-width:46rem}p{margin:.5rem 0}.quiet,figcaption{color:var(--quiet);font-size:.875rem}
-.verdict{background:var(--soft);border-left:4px solid #0072B2;padding:.8rem 1.1rem;margin:1.2rem 0;font-size:1.06rem;max-width:50rem}
+.verdict{background:var(--soft);border-left:4px solid #0072B2;padding:.8rem 1.1rem;margin:1.2rem 0;font-size:1.06rem;
+ max-width:50rem}
 .scroll{overflow-x:auto;margin:.8rem 0;border:1px solid var(--line);border-radius:6px}
 table{border-collapse:collapse;font-size:.875rem;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.42rem .7rem;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
-td{white-space:nowrap}td small em{white-space:normal}
+td,th small{white-space:nowrap}td small em{white-space:normal}
 tr:last-child td{border-bottom:0}thead th{background:var(--soft);font-weight:600;vertical-align:bottom}
 .n{text-align:right}td.w{white-space:normal;min-width:15rem}tr.reference td{background:var(--soft)}
 small{color:var(--quiet);display:block;font-size:.8rem}
@@ -76,9 +78,9 @@ def render(
     """The page as text. What is not there yet is said in a sentence in its place.
 
     config: the resolved config.yaml. rows: trials.parquet as dicts, in its order. ranking: ranking.json, or None before
-    the final stage. samples: trial → (n, H, W, C) uint8, image i of every trial from the same noise; real_samples: held-out
-    images of the same shape. curves: trial → `read_curves`. commands: the lines that make this run again. versions: package
-    → version. All text is escaped.
+    the final stage. samples: trial → (n, H, W, C) uint8, image i of every trial from the same noise; real_samples:
+    held-out images of that shape. curves: trial → `read_curves`. commands: the lines that make this run again.
+    versions: package → version. All text is escaped.
     """
     ranked = {entry["trial"]: entry for entry in (ranking or {}).get("trials", [])}
     named = _named(rows, ranked)
@@ -115,10 +117,14 @@ def read_curves(folder: Path) -> Curves:
     A resumed trial logs again the epochs after its checkpoint: what the earlier process wrote of them is dropped, so
     an epoch has one value, the latest. Empty where there are no events.
     """
-    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+        SCALARS,
+        EventAccumulator,
+    )
 
     if not any(folder.glob("*tfevents*")):
         return {}
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every restart that it takes into account
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})  # 0 keeps all; the default thins out long runs
     events.Reload()
     # The accumulator drops what a restart made void, but only where the restart was logged: hence also the dict.
@@ -215,7 +221,8 @@ def _verdict(ranking: dict[str, Any] | None) -> str:
     real, same = ranking["real"], best["at_real_n"]
     text += (
         f"<p>The ceiling: {real['n']:,} real held-out images score {_fixed(real['score'])}, as many of the winner's "
-        f"{_fixed(same['score'])}; their Fréchet distances are {_fixed(real['frechet'])} and {_fixed(same['frechet'])}.</p>"
+        f"{_fixed(same['score'])}; their Fréchet distances are {_fixed(real['frechet'])} and "
+        f"{_fixed(same['frechet'])}.</p>"
     )
     scope = (
         "The intervals include the spread between training seeds: they speak of the configuration."
@@ -229,14 +236,15 @@ def _verdict(ranking: dict[str, Any] | None) -> str:
 def _leaderboard(ranking: dict[str, Any] | None) -> str:
     if ranking is None:
         return "<p>No trial has been scored by the final stage yet.</p>"
-    images, real_n, name = ranking["images"], ranking["real"]["n"], escape(ranking["score_name"])
+    images, real_n = ranking["images"], ranking["real"]["n"]
+    quantities = (escape(ranking["score_name"][:1].upper() + ranking["score_name"][1:]), "Fréchet distance")
     # A score depends on the number of images: what is measured at another number stands in columns of its own.
     numbers = [images] if real_n == images else [images, real_n]
     columns = [("", "n"), ("Trial", "")]
-    columns += [(f"{quantity}<small>{images:,} images,<br>95% CI</small>", "n") for quantity in (name, "Fréchet distance")]
+    columns += [(f"{quantity}<small>{images:,} images,<br>95% CI</small>", "n") for quantity in quantities]
     columns += [("P(best)", "n"), ("Not told apart from", "")]
     for n in numbers[1:]:
-        columns += [(f"{quantity}<small>{n:,} images</small>", "n") for quantity in (name, "Fréchet distance")]
+        columns += [(f"{quantity}<small>{n:,} images</small>", "n") for quantity in quantities]
 
     def reference(label: str, values: dict[str, Any]) -> tuple[str, list[str]]:
         pair = [_fixed(values["score"]), _fixed(values["frechet"])]
@@ -247,8 +255,8 @@ def _leaderboard(ranking: dict[str, Any] | None) -> str:
     for entry in ranking["trials"]:
         score, frechet = entry["score"], entry["frechet"]
         reason = f"<small><em>{escape(entry['reason'])}</em></small>" if entry["reason"] else ""
-        cells = [str(entry["rank"] or ""), f"<strong>{escape(entry['trial'])}</strong><small>{_settings(entry)}</small>"]
-        cells[-1] += reason
+        trial = f"<strong>{escape(entry['trial'])}</strong><small>{_settings(entry)}</small>{reason}"
+        cells = [str(entry["rank"] or ""), trial]
         cells += [f"<strong>{_fixed(score['mean'])}</strong>{_interval(score['ci'], 'small')}" if score else NOT_KNOWN]
         cells += [f"{_fixed(frechet['value'])}{_interval(frechet['ci'], 'small')}" if frechet else NOT_KNOWN]
         cells += [_fixed(entry["p_best"]), "<br>".join(map(escape, entry["tied_with"])) or NOT_KNOWN]
@@ -378,8 +386,8 @@ def _all_trials(rows: Sequence[Row], ranked: dict[str, Row]) -> str:
         cells += [*(_num(last.get(metric)) for metric in METRICS), _num(row["worker_seconds"] / 3600, 3)]
         body.append(("", [*cells, str((ranked.get(row["trial"]) or {}).get("rank") or "")]))
     note = (
-        "Fréchet, score and grid loss are those of the last rung reached, from few images: they decide who goes on, not "
-        "who wins."
+        "Fréchet, score and grid loss are those of the last rung reached, from few images: they decide who goes on, "
+        "not who wins."
     )
     return f'<p class="quiet">{note}</p>' + _table(columns, body)
 

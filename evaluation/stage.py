@@ -48,12 +48,14 @@ class Shard:
 class ShardWorker:
     """Draws and scores shards; keeps the last checkpoint in memory."""
 
-    def __init__(self, run: Storage, sampler: SamplerConfig, extractor: Classifier | Inception, device: str):
+    def __init__(self, run: Storage, sampler: SamplerConfig, device: str):
         self.run, self.sampler, self.device = run, sampler, device
-        self.extractor = extractor.to(device)
+        self.extractor: Classifier | Inception | None = None
         self.loaded: tuple[str, checkpoint.Checkpoint, Any] | None = None
 
-    def work(self, shard: Shard) -> None:
+    def work(self, shard: Shard, extractor: Classifier | Inception) -> None:
+        # Comes with the task, not the constructor: Ray restarts an actor without the objects that it was made from.
+        self.extractor = self.extractor or extractor.to(self.device)
         path = shard.candidate.checkpoint
         if self.loaded is None or self.loaded[0] != path:
             found = checkpoint.load(self.run.at(path))
@@ -92,12 +94,12 @@ def draw(
     device = "cuda" if use_gpu else "cpu"
     extractor = ray.put(reference.extractor.to("cpu"))
     actors = [
-        ShardActor.options(num_cpus=1, num_gpus=int(use_gpu)).remote(run, config.sampler, extractor, device)
+        ShardActor.options(num_cpus=1, num_gpus=int(use_gpu)).remote(run, config.sampler, device)
         for _ in range(min(workers, len(missing)))
     ]
     try:
         waiting = list(reversed(missing))
-        running = {actor.work.remote(shard): (actor, shard) for actor in actors if (shard := waiting.pop())}
+        running = {actor.work.remote(shard, extractor): (actor, shard) for actor in actors if (shard := waiting.pop())}
         while running:
             ready, _ = ray.wait(list(running), num_returns=1)
             actor, shard = running.pop(ready[0])
@@ -106,7 +108,7 @@ def draw(
             progress(done, total)
             if waiting:
                 following = waiting.pop()
-                running[actor.work.remote(following)] = actor, following
+                running[actor.work.remote(following, extractor)] = actor, following
     finally:
         for actor in actors:
             ray.kill(actor)

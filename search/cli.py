@@ -21,8 +21,8 @@ app.add_typer(schedule_app, name="schedule")
 cluster_app = typer.Typer(no_args_is_help=True, help="The cluster that trials run on.")
 app.add_typer(cluster_app, name="cluster")
 
-# soft_wrap: a piped table keeps its rows whole instead of folding at 80 columns.
-console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+# A piped table is for a file or a pager: wide, not cut to the 80 columns that rich assumes.
+console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped name such as digits.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, a.b=value; a.b+=value appends to a list.")]

@@ -118,7 +118,19 @@ class SearchConfig(Config):
     known_points: tuple[KnownPoint, ...] = KNOWN_POINTS
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     final: FinalStageConfig = FinalStageConfig()
+    runner: Literal["train", "reuse"] = Field(
+        "train",
+        description="train: Ray Train, any number of workers. reuse: trials of one worker in one process, no start-up",
+    )
     report_seconds: float = Field(60.0, gt=0, description="longest time between two checkpoints, in whole epochs")
+
+    @model_validator(mode="after")
+    def _runner_fits(self) -> "SearchConfig":
+        if self.runner == "reuse" and self.train.workers > 1:
+            raise ValueError(
+                f"runner: reuse trains with one worker, but train.workers is {self.train.workers}; use runner: train"
+            )
+        return self
 
     def rung_epochs(self) -> list[int]:
         """Epochs, from 1, strictly below the last."""

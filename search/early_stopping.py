@@ -1,6 +1,7 @@
 """Which trials go on: asynchronous successive halving on explicit rungs, decided from the trials table."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from search.config import EarlyStoppingConfig
-from search.records import Records
+from search.records import Live, Records
 
 
 def goes_on(value: float, earlier: list[float], reduction: float) -> bool:
@@ -23,7 +24,7 @@ def goes_on(value: float, earlier: list[float], reduction: float) -> bool:
     return not finite or value <= float(np.percentile(finite, 100 / reduction))
 
 
-class RungScheduler(FIFOScheduler):
+class RungScheduler(Live, FIFOScheduler):
     """Tune's scheduler for a search whose record is the authority.
 
     It keeps no state of its own: rungs live in the trials table, so a resumed search compares with every trial
@@ -52,7 +53,7 @@ class RungScheduler(FIFOScheduler):
         epoch = result["epoch"]
         if epoch >= self.epochs:
             # Its process ends by itself: nothing of it is cut short by a stop.
-            self.records.update(key, state="completed")
+            self.records.update(key, state="completed", reason=None)
         elif epoch in self.rungs and self.config.scheduler == "asha":
             rung = row.rung(epoch)
             assert rung is not None
@@ -68,6 +69,8 @@ class RungScheduler(FIFOScheduler):
         return TrialScheduler.CONTINUE
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        error = trial.get_error()
-        reason = str(error).strip().splitlines()[-1] if error else "the trial's process ended with an error"
-        self.records.update(trial.config["trial"], state="failed", reason=reason)
+        """Notes why; whether the trial is tried again or has failed, the searcher is told."""
+        file = Path(trial.local_path or "", "error.txt")
+        lines = file.read_text(errors="replace").split("\n") if file.is_file() else []
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "its process ended with an error")
+        self.records.update(trial.config["trial"], reason=last[:300])

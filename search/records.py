@@ -68,6 +68,13 @@ class Row:
         return {n: getattr(self, n) for n in ("family", "start", "end", "tau", "learning_rate", "dropout")}
 
 
+class Live:
+    """What belongs to this process: Tune pickles all that it is given, for a restore that a run never does."""
+
+    def __reduce__(self) -> tuple[type["Live"], tuple[()]]:
+        return Live, ()
+
+
 class Records:
     """The rows of a run. Every change is on disk before the call returns."""
 

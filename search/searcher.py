@@ -11,13 +11,13 @@ from ray.tune.search.optuna import OptunaSearch
 
 from search import space
 from search.config import SearchConfig
-from search.records import Records, Row
+from search.records import Live, Records, Row
 from trainer import schedules
 
 MAX_SCREENED_IN_A_ROW = 1000
 
 
-class HonestOptunaSearch(OptunaSearch):
+class HonestOptunaSearch(Live, OptunaSearch):
     """TPE over the conditional space, its trials those of the trials table.
 
     Interrupted trials of a resumed run come first, then known points that were not tried, then suggestions.
@@ -30,12 +30,12 @@ class HonestOptunaSearch(OptunaSearch):
         self, config: SearchConfig, metric: str, records: Records, storage: optuna.storages.BaseStorage | None
     ):
         self.config, self.metric_name, self.records = config, metric, records
-        # A resumed search must not draw again what it drew before; a fresh one depends on the seed alone.
-        sampler = optuna.samplers.TPESampler(
-            seed=config.seed + len(records), multivariate=True, group=True, constant_liar=True, n_startup_trials=10
-        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # A resumed search must not draw again what it drew before; a fresh one depends on the seed alone.
+            sampler = optuna.samplers.TPESampler(
+                seed=config.seed + len(records), multivariate=True, group=True, constant_liar=True
+            )
             super().__init__(
                 space=space.define_by_run(config),
                 metric=metric,
@@ -82,6 +82,8 @@ class HonestOptunaSearch(OptunaSearch):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         row = self.records[self._keys[trial_id]]
+        if error and row.state == "running":
+            row = self.records.update(row.trial, state="failed")
         if row.state != "running":  # else the search was interrupted, and the trial will be resumed
             self._tell(trial_id, row)
 

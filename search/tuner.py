@@ -16,7 +16,7 @@ from evaluation.rung import RungScorer
 from search import trial
 from search.config import SearchConfig
 from search.early_stopping import RungScheduler
-from search.records import Records
+from search.records import Live, Records
 from search.searcher import HonestOptunaSearch
 from trainer.storage import Storage
 
@@ -58,17 +58,22 @@ def search(
     watcher = _Watcher(run, journal, changed)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
     rungs = config.rung_epochs()
+    if config.runner == "reuse":
+        run_trial = trial.in_reused_process(run, scorer, rungs, config.report_seconds)
+        resources: dict[str, float] = {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1}
+    else:
+        run_trial = trial.in_ray_train(run, scorer, rungs, use_gpu, config.report_seconds)
+        # Ray Train reserves the workers; the trial's own process waits, and must fit beside them on any node.
+        resources = {"memory": 1}
     tuner = tune.Tuner(
-        tune.with_resources(
-            trial.trainable(run, scorer, rungs, use_gpu, config.report_seconds),
-            # Ray Train reserves the workers; the trial's own process waits, and must fit beside them on any node.
-            {"memory": 1},
-        ),
+        tune.with_resources(run_trial, resources),
         tune_config=tune.TuneConfig(
             search_alg=HonestOptunaSearch(config, metric, records, storage),
             scheduler=RungScheduler(config.early_stopping, metric, rungs, config.train.epochs, records),
             num_samples=left,
             max_concurrent_trials=at_once,
+            reuse_actors=config.runner == "reuse",
+            trial_dirname_creator=lambda trial: trial.config["trial"],
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -93,7 +98,7 @@ def _fresh_journal(run: Storage) -> Path:
     return folder / JOURNAL
 
 
-class _Watcher(Callback):
+class _Watcher(Live, Callback):
     """Passes Tune's events on, and copies the study where the run is not on a local disk."""
 
     def __init__(self, run: Storage, journal: Path, changed: Callable[[], None]):

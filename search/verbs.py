@@ -156,59 +156,41 @@ def _stored_probabilities(path: Path) -> np.ndarray | None:
 
 def train(config: SearchConfig, out: Path, console: Console) -> None:
     """One training of `config.train`, in this process; goes on from the newest checkpoint in `out`."""
-    import torch
-
     from evaluation import reference
     from search.pipeline import CACHE, preflight
     from search.watch import progress_bar
-    from trainer import checkpoint, loop
-    from trainer.event_log import EventLog
+    from trainer import checkpoint, local, loop
     from trainer.storage import Storage
 
     splits = preflight(config)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    judge = reference.prepare(splits, config.final, CACHE, device, console.print)
+    device = local.default_device()
+    judge = reference.prepare(splits, config.final, CACHE, str(device), console.print)
     settings = config.early_stopping
     folder = Storage(out)
     found = checkpoint.latest(folder)
-    resume = found[1] if found else None
-    if resume is not None and resume.config != config.train:
+    if found is not None and found[1].config != config.train:
         raise UserError(f"--out {out} holds a training of another configuration; give another --out")
-    done = resume.meta["epoch"] if resume else 0
-    console.print(
-        f"Training {config.train.schedule.label()} for {config.train.epochs} epochs"
-        + (f", from {done}" if done else "")
-    )
+    done = f", from epoch {found[1].meta['epoch']}" if found else ""
+    console.print(f"Training {config.train.schedule.label()} for {config.train.epochs} epochs{done}")
     console.print(f"TensorBoard:    tensorboard --logdir {folder.uri}")
-    events = EventLog(folder, config.train, done + 1)
+
+    def report(metrics: loop.Metrics, checkpoint: Storage) -> None:
+        names = ("train_loss", "frechet", "score", "grid_loss")
+        shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if metrics.get(name) is not None)
+        console.print(f"epoch {metrics['epoch']:>5}  {shown}")
 
     with progress_bar(console, "epochs") as progress:
-
-        def log(metrics: loop.Metrics) -> None:
-            events(metrics, metrics.pop("samples", None))
-            progress(metrics["epoch"], config.train.epochs)
-
-        def report(metrics: loop.Metrics, save: loop.Save) -> None:
-            save(out / f"checkpoint_{metrics['epoch']:06d}")
-            shown = {
-                name: metrics[name]
-                for name in ("train_loss", "frechet", "score", "grid_loss")
-                if metrics.get(name) is not None
-            }
-            console.print(
-                f"epoch {metrics['epoch']:>5}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            )
-
         try:
-            loop.train(
+            local.fit(
                 config.train,
                 splits.train,
-                loop.Worker(device=torch.device(device)),
+                folder,
+                folder,
+                device,
                 report,
-                resume=resume,
                 score=reference.rung_scorer(splits, judge, settings.images, settings.sampler),
                 rungs=config.rung_epochs(),
-                log=log,
+                log=lambda metrics: progress(metrics["epoch"], config.train.epochs),
                 report_seconds=config.report_seconds,
             )
         except loop.TrainingFailedError as error:

@@ -9,7 +9,6 @@ import io
 import json
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,12 +44,11 @@ class Checkpoint:
         return network.eval().requires_grad_(False)
 
 
-def save(folder: Path, state: dict[str, Any], meta: dict[str, Any]) -> None:
-    """Writes a checkpoint into `folder`; checkpoint.json comes last, so a cut write is no checkpoint."""
+def save(storage: Storage, state: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Writes a checkpoint into a folder; checkpoint.json comes last, so a cut write is no checkpoint."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    storage = Storage(folder)
     storage.write("state.pt", content)
     storage.write_json(
         "checkpoint.json",
@@ -77,9 +75,14 @@ def load(storage: Storage) -> Checkpoint:
     return Checkpoint(meta, torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
 
 
+def names(storage: Storage) -> list[str]:
+    """The folders checkpoint_* here, oldest first."""
+    return [name for name in storage.names() if name.startswith("checkpoint_")]
+
+
 def latest(storage: Storage) -> tuple[Storage, Checkpoint] | None:
     """The newest whole checkpoint among the folders checkpoint_* here; broken ones are named and passed over."""
-    for name in sorted((n for n in storage.names() if n.startswith("checkpoint_")), reverse=True):
+    for name in reversed(names(storage)):
         folder = storage.at(name)
         try:
             return folder, load(folder)

@@ -64,7 +64,14 @@ class ModelConfig(Config):
                 "model.channels and model.attention must have one entry a level each, "
                 f"but have {len(self.channels)} and {len(self.attention)}"
             )
-        for count in self.channels:
+        for count, attends in zip(
+            self.channels, (*self.attention[:-1], True), strict=True
+        ):  # the middle always attends
+            if attends and count % self.attention_head_dim:
+                raise ValueError(
+                    "model.channels of a level with attention, and of the last, must be a multiple of "
+                    f"attention_head_dim={self.attention_head_dim}, but got {count}"
+                )
             if count % self.norm_groups:
                 raise ValueError(
                     f"every model.channels must be a multiple of norm_groups={self.norm_groups}, but got {count}"

@@ -51,8 +51,9 @@ class Splits:
         return digest.hexdigest()[:16]
 
 
+@lru_cache(maxsize=1)  # a process that trains one trial after another reads its images once
 def load(config: DataConfig) -> Splits:
-    """Reads and splits a data set. Raises ValueError or FileNotFoundError, saying what to do."""
+    """Reads and splits a data set, not to be written into. Raises ValueError or FileNotFoundError, saying what to do."""
     images = _read(config)
     subset, rest = np.arange(len(images)), np.arange(0)
     if config.subset is not None and config.subset < len(images):

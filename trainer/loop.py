@@ -4,7 +4,6 @@ import functools
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,13 +17,19 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import TrainConfig
 from trainer.diffusion import Diffusion, epsilon_mse
 from trainer.ema import EMA
+from trainer.storage import Storage
 
 Metrics = dict[str, Any]
-Save = Callable[[Path], None]
+Save = Callable[[Storage], None]
 
 
 class TrainingFailedError(Exception):
     """Training cannot go on, for a reason that a retry would meet again. The message is that reason."""
+
+
+def failure_reason(error: Exception) -> str:
+    """An error as the trials table says it."""
+    return str(error) if isinstance(error, TrainingFailedError) else f"{type(error).__name__}: {error}"
 
 
 class Scorer(Protocol):
@@ -154,6 +159,7 @@ def train(
                 "worker_seconds": worker_seconds,
                 "image_shape": images.shape,
                 "config": config.model_dump(mode="json"),
+                "metrics": {name: value for name, value in metrics.items() if name != "samples"},
             }
             report(metrics, functools.partial(checkpoint.save, state=state, meta=meta))
 

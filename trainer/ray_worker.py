@@ -2,8 +2,8 @@
 
 import os
 import tempfile
+import traceback
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from ray.train.v2.api.callback import UserCallback
 from trainer import checkpoint, data, loop
 from trainer.config import TrainConfig
 from trainer.event_log import EventLog
+from trainer.local import checkpoint_name
 from trainer.storage import Storage
 
 MAX_WORKER_FAILURES = 3
@@ -83,12 +84,11 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
             ray.train.report(metrics)
             return
         with tempfile.TemporaryDirectory(prefix="ddpm-search-") as folder:
-            save(Path(folder))
-            # Named by its epoch: an epoch that is trained again after a crash overwrites its own checkpoint.
+            save(Storage(folder))
             ray.train.report(
                 metrics,
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"checkpoint_{metrics['epoch']:06d}",
+                checkpoint_dir_name=checkpoint_name(metrics["epoch"]),
             )
 
     try:
@@ -104,6 +104,9 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
             log=log,
             report_seconds=setup["report_seconds"],
         )
-    except loop.TrainingFailedError as error:
-        # Reported, not raised: Ray Train would start the workers again, and they would meet the same loss.
-        ray.train.report({"failure": str(error), "rung": True})
+    except OSError:
+        raise  # the storage may be back when Ray Train has started the workers again
+    except Exception as error:
+        # Reported, not raised: workers that are started again would meet the same loss, or the same error.
+        traceback.print_exc()
+        ray.train.report({"failure": loop.failure_reason(error), "rung": True})

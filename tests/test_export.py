@@ -1,0 +1,206 @@
+"""Exports: what diffusers loads draws our images, what we load has every bit, and nothing of others is overwritten."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation import export
+from evaluation.config import SamplerConfig
+from evaluation.sampling import block_seed, sample_block
+from trainer import model, schedules
+from trainer.checkpoint import Checkpoint
+from trainer.config import ModelConfig, ScheduleConfig, TrainConfig
+
+SHAPE = (1, 8, 8)
+ROW: dict[str, Any] = {
+    **{"trial": "t0003-cosine", "family": "cosine", "start": 0.0, "end": 1.0, "tau": 1.0, "learning_rate": 2e-4},
+    **{"dropout": 0.1, "seed": 7, "epoch": 90, "state": "completed", "worker_seconds": 7200.0},
+}
+
+
+def make_checkpoint(seed: int = 0) -> Checkpoint:
+    """An untrained model, its EMA weights other than its raw ones."""
+    config = TrainConfig(
+        schedule=ScheduleConfig(family="cosine", start=0, end=1, steps=20),
+        model=ModelConfig(
+            channels=(8, 16), attention=(False, True), layers_per_block=1, attention_head_dim=8, norm_groups=4
+        ),
+    )
+    weights = [model.build(config.model, SHAPE, config.dropout, s).state_dict() for s in (seed, seed + 1)]
+    meta = {"config": config.model_dump(mode="json"), "image_shape": SHAPE, "step": 10, "epoch": 1}
+    return Checkpoint(meta, {"model": weights[0], "ema": weights[1]})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """On a busy machine two threads wait for each other a hundred times longer than these layers take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return make_checkpoint()
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("export") / "model"
+    export.export_pipeline(checkpoint, out, "# card", {"trial": "t0", "format": "not ours to give"})
+    return out
+
+
+def test_loaded_export_is_the_ema_model_its_betas_to_the_last_bit_and_its_shape(checkpoint: Checkpoint, folder: Path):
+    denoiser, betas, shape = export.load_export(folder)
+    assert betas.dtype == np.float64
+    assert (betas == schedules.betas(**checkpoint.config.schedule.model_dump())).all()
+    assert shape == SHAPE
+    assert not denoiser.training
+    assert denoiser.state_dict().keys() == checkpoint.state["ema"].keys()
+    for name, weight in denoiser.state_dict().items():
+        assert torch.equal(weight, checkpoint.state["ema"][name])
+    assert any(not torch.equal(w, checkpoint.state["model"][name]) for name, w in denoiser.state_dict().items())
+
+
+def test_loaded_export_draws_the_checkpoints_images(checkpoint: Checkpoint, folder: Path):
+    denoiser, betas, shape = export.load_export(folder)
+    sampler = SamplerConfig(steps=5, block_size=2)
+    own = sample_block(checkpoint.denoiser(), betas, SHAPE, sampler, 0, "cpu")
+    assert (sample_block(denoiser, betas, shape, sampler, 0, "cpu") == own).all()
+
+
+def test_folder_holds_what_a_diffusers_pipeline_needs_a_card_and_provenance(folder: Path):
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "README.md",
+        "model_index.json",
+        "provenance.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    }
+    assert (folder / "README.md").read_text() == "# card"
+    assert json.loads((folder / "provenance.json").read_text()) == {"trial": "t0", "format": export.FORMAT}
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]  # nothing temporary stays
+
+
+def test_earlier_export_and_empty_folder_are_replaced(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    export.export_pipeline(make_checkpoint(0), tmp_path / "out", "first", {})
+    (tmp_path / "out" / "leftover").touch()
+    export.export_pipeline(second := make_checkpoint(5), tmp_path / "out", "second", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "README.md").read_text() == "second"
+    assert not (tmp_path / "out" / "leftover").exists()
+    weights = export.load_export(tmp_path / "out")[0].state_dict()
+    assert all(torch.equal(weight, second.state["ema"][name]) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "provenance.json"])
+def test_folder_that_is_no_export_is_refused_and_left_as_it_was(tmp_path: Path, checkpoint: Checkpoint, name: str):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text('{"format": "another tool"}')
+    for out in (tmp_path / "mine", tmp_path / "mine" / name):
+        with pytest.raises(FileExistsError, match="give --out a new or an empty folder"):
+            export.export_pipeline(checkpoint, out, "", {})
+    assert (tmp_path / "mine" / name).read_text() == '{"format": "another tool"}'
+
+
+def test_failed_export_leaves_the_earlier_one(tmp_path: Path, checkpoint: Checkpoint):
+    export.export_pipeline(checkpoint, tmp_path / "out", "first", {})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        export.export_pipeline(checkpoint, tmp_path / "out", "second", {"score": float("nan")})
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "README.md").read_text() == "first"
+
+
+def test_what_is_no_export_is_not_loaded(tmp_path: Path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="is not an export; give a folder"):
+            export.load_export(path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", b"cut"),
+        ("unet/diffusion_pytorch_model.safetensors", None),
+        ("scheduler/scheduler_config.json", b"{}"),
+        ("scheduler/scheduler_config.json", b'{"trained_betas": [0.1,'),
+    ],
+)
+def test_damaged_export_is_refused_with_a_remedy(
+    tmp_path: Path, checkpoint: Checkpoint, file: str, content: bytes | None
+):
+    export.export_pipeline(checkpoint, tmp_path / "out", "", {})
+    (tmp_path / "out" / file).unlink()
+    if content is not None:
+        (tmp_path / "out" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=r"is damaged.*write it again"):
+        export.load_export(tmp_path / "out")
+
+
+def test_card_states_parameters_scores_with_intervals_and_cost():
+    entry = {
+        **{"rank": 1, "score": {"mean": 9.5, "ci": [9.4, 9.6]}, "frechet": {"value": 5.0, "ci": [4.8, 5.2]}},
+        **{"at_real_n": {"n": 360, "score": 9.2, "frechet": 7.9}, "p_best": 0.8},
+        **{"tied_with": ["t0"], "confirmed": False},
+    }
+    ranking = {
+        **{"score_name": "classifier score", "images": 10_000, "split_size": 5_000, "sampler": {"name": "ddim"}},
+        **{"extractor": "classifier of digits", "real": {"n": 360, "score": 9.77, "frechet": 1.25}, "trials": [entry]},
+    }
+    card = export.model_card("digits", ROW, "digits", ranking, entry)
+    assert card.startswith("---\nlibrary_name: diffusers\n")
+    for said in ("cosine(0, 1, tau 1)", "| Training seed | 7 |", "9.500 [9.400, 9.600]", "5.000 [4.800, 5.200]"):
+        assert said in card
+    assert "| real held-out images, 360 | 9.770 | 1.250 |" in card
+    assert "2 worker-hours" in card
+    assert "not told apart from t0" in card
+
+
+def test_card_of_a_trial_that_was_not_scored_says_so():
+    assert "Not scored by the final stage." in export.model_card("digits", ROW, "digits", None, None)
+    failed = {"rank": None, "reason": "it diverged"}
+    assert "Not scored by the final stage: it diverged." in export.model_card("digits", ROW, "digits", {}, failed)
+
+
+LOADED_WITHOUT_US = """
+import sys, numpy as np, torch
+from diffusers import DDIMScheduler, DDPMPipeline
+folder, out, seed, count, steps, sampler = sys.argv[1:]
+torch.set_num_threads(1)
+pipe = DDPMPipeline.from_pretrained(folder)
+if sampler == "ddim":
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+pipe.set_progress_bar_config(disable=True)
+generator = torch.Generator().manual_seed(int(seed))
+images = pipe(batch_size=int(count), generator=generator, num_inference_steps=int(steps), output_type="np").images
+np.save(out, (images * 255).round().astype(np.uint8))
+ours = {"trainer", "evaluation", "search", "cluster"} & set(sys.modules)
+assert not ours, ours
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 20), ("ddim", 20), ("ddim", 5)])
+def test_diffusers_without_our_code_draws_our_images(folder: Path, tmp_path: Path, sampler: str, steps: int):
+    settings = SamplerConfig(name=sampler, steps=steps, block_size=4, seed=3)  # type: ignore[arg-type]
+    seed = block_seed(settings.seed, 2)
+    arguments = [str(folder), str(tmp_path / "images.npy"), str(seed), "4", str(steps), sampler]
+    # -I and another working directory; that the installed packages are not used is checked at the end.
+    subprocess.run([sys.executable, "-I", "-c", LOADED_WITHOUT_US, *arguments], cwd=tmp_path, check=True)
+    denoiser, betas, shape = export.load_export(folder)
+    ours = sample_block(denoiser, betas, shape, settings, 2, "cpu")
+    theirs = np.load(tmp_path / "images.npy")
+    assert theirs.shape == ours.shape
+    assert ours.std() > 10  # else any two grey pictures would agree
+    assert np.abs(theirs.astype(int) - ours).max() <= 1
