@@ -1,0 +1,180 @@
+"""Real searches on a real local Ray, through the command line, and what is left after a kill."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from search.records import Records
+from trainer import checkpoint
+from trainer.storage import Storage
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+COMMAND = (sys.executable, "-m", "search.cli")
+# linear(1e-4, 0.001) leaves 0.62 bits a dimension of the image in x_T
+SCREENED_POINT = "known_points+={family: linear, start: 1.0e-4, end: 0.001}"
+SMALL = (
+    "trials=3",
+    "known_points=[{family: linear, start: 1.0e-4, end: 0.02}]",
+    SCREENED_POINT,
+    "train.model.channels=[8, 16]",
+    "train.model.attention=[false, true]",
+    "train.model.attention_head_dim=8",
+    "train.model.norm_groups=4",
+    "early_stopping.images=50",
+    "early_stopping.sampler.steps=5",
+    "early_stopping.sampler.block_size=50",
+    "final.top=2",
+    "final.images=200",
+    "final.sampler.steps=5",
+    "final.sampler.block_size=20",
+)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One HOME for all, so that the judging classifier is trained once."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def environment(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    # Ray's sockets want a short path
+    yield {**os.environ, "HOME": str(home), "RAY_TMPDIR": str(tmp_path_factory.mktemp("r")), "COLUMNS": "200"}
+
+
+def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run((*COMMAND, *arguments), env=environment, capture_output=True, text=True, timeout=380)
+
+
+def settings(*values: str) -> list[str]:
+    return [part for value in values for part in ("--set", value)]
+
+
+def wait_for(condition, seconds: float, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"the command ended with {process.returncode} before its time"
+        assert time.monotonic() < end, f"nothing happened within {seconds} s"
+        time.sleep(0.2)
+
+
+def epochs_done(place: Storage) -> int:
+    return sum(row.epoch for row in Records.load(place))
+
+
+def test_a_search_with_two_workers_ends_with_a_ranked_and_exported_winner(environment, tmp_path):
+    place = Storage(tmp_path / "pair")
+    done = run(
+        environment, "run", "digits", "--name", "pair", "--storage", str(tmp_path),
+        *settings(*SMALL, "runner=train", "train.workers=2", "trials=2", "train.epochs=3"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Ray dashboard:" in done.stdout
+    assert f"tensorboard --logdir {place.uri}/tensorboard" in done.stdout
+
+    rows = {row.trial: row for row in Records.load(place)}
+    assert [row.state for row in rows.values() if row.source == "known"] == ["completed", "screened"]
+    screened = next(row for row in rows.values() if row.state == "screened")
+    assert "prior KL" in screened.reason
+    assert screened.worker_seconds == 0
+    assert not place.exists(f"train/{screened.trial}")
+    assert sum(row.state in ("completed", "stopped") for row in rows.values()) == 2
+
+    ranking = place.read_json("ranking.json")
+    assert ranking["score_name"] == "classifier score"
+    assert ranking["held_out_accuracy"] >= 0.985
+    winner = ranking["trials"][0]
+    assert winner["rank"] == 1
+    assert ranking["noise"]["frechet"] > ranking["real"]["frechet"]
+    assert winner["score"]["ci"][0] < winner["score"]["mean"] < winner["score"]["ci"][1]
+    shards = place.names(f"evaluation/{winner['trial']}")
+    with np.load(io.BytesIO(place.read(f"evaluation/{winner['trial']}/{shards[0]}/0000000-100.npz"))) as shard:
+        assert shard["probabilities"].shape == (100, 10)
+
+    page = place.read("report/index.html").decode()
+    assert winner["trial"] in page
+    assert screened.reason.split(":")[0] in page
+    scheduler = place.read_json("export/scheduler/scheduler_config.json")
+    assert len(scheduler["trained_betas"]) == 1000
+    assert place.exists("samples.png")
+    events = [name for name in place.names(f"tensorboard/{winner['trial']}") if "tfevents" in name]
+    assert events
+
+    status = run(environment, "status", str(tmp_path / "pair"), "--json")
+    assert {row["trial"] for row in json.loads(status.stdout)} == set(rows)
+    again = run(environment, "run", "digits", "--name", "pair", "--storage", str(tmp_path))
+    assert again.returncode == 2
+    assert "holds another run" in again.stderr
+    assert place.read_json("ranking.json") == ranking
+
+
+def test_a_killed_search_is_resumed_without_losing_a_trial_or_an_epoch(environment, tmp_path):
+    place = Storage(tmp_path / "cut")
+    arguments = ("run", "digits", "--name", "cut", "--storage", str(tmp_path))
+    setup = settings(*SMALL, "train.epochs=9", "early_stopping.scheduler=none", "report_seconds=0.01")
+    with subprocess.Popen((*COMMAND, *arguments, *setup), env=environment, text=True, stdout=subprocess.PIPE) as process:
+        wait_for(lambda: place.exists("trials.parquet") and epochs_done(place) >= 2, 120, process)
+        os.kill(process.pid, signal.SIGKILL)
+    before = {row.trial: row for row in Records.load(place)}
+    assert any(row.state == "running" for row in before.values())
+    saved = {trial: len(place.names(f"train/{trial}")) for trial in before}
+
+    done = run(environment, "resume", str(tmp_path / "cut"))
+    assert done.returncode == 0, done.stderr
+    after = {row.trial: row for row in Records.load(place)}
+    assert all(after[trial].params() == row.params() for trial, row in before.items())
+    assert {row.state for row in after.values()} == {"completed", "screened"}
+    assert sum(row.state == "completed" for row in after.values()) == 3
+    assert sum(row.source == "known" for row in after.values()) == 2
+    for row in after.values():
+        if row.state == "completed":
+            assert [rung["epoch"] for rung in row.rungs] == [1, 3, 9]
+            assert all(rung["frechet"] is not None for rung in row.rungs)
+            assert checkpoint.load(place.at(str(row.checkpoint))).meta["epoch"] == 9
+    assert any(saved.values()), "the kill came before the first checkpoint: the test shows nothing"
+    assert place.exists("ranking.json")
+    assert pq.read_table(io.BytesIO(place.read("trials.parquet"))).num_rows == len(after)
+
+
+def test_interrupting_keeps_what_is_done_and_says_how_to_go_on(environment, tmp_path):
+    place = Storage(tmp_path / "stop")
+    arguments = ("run", "digits", "--name", "stop", "--storage", str(tmp_path), *settings(*SMALL, "train.epochs=500"))
+    process = subprocess.Popen((*COMMAND, *arguments), env=environment, text=True, stderr=subprocess.PIPE)
+    wait_for(lambda: place.exists("trials.parquet") and any(r.state == "running" for r in Records.load(place)), 120, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 130
+    assert f"ddpm-search resume {place.uri}" in errors
+    assert "Traceback" not in errors
+    assert any(row.state == "running" for row in Records.load(place))
+
+
+def test_the_winner_loads_where_only_diffusers_is(environment, tmp_path):
+    """The export of a run, sampled by the command: the same seed draws the same images."""
+    out = tmp_path / "training"
+    small = [value for value in SMALL if not value.startswith(("trials", "known"))]
+    done = run(environment, "train", "digits", "--out", str(out), *settings(*small, "train.epochs=2"))
+    assert done.returncode == 0, done.stderr
+    found = checkpoint.latest(Storage(out))
+    assert found is not None
+    from evaluation.export import export_pipeline
+
+    export_pipeline(found[1], tmp_path / "export", "card", {})
+    for name in ("a.npz", "b.npz"):
+        drawn = run(
+            environment, "sample", str(tmp_path / "export"), "--out", str(tmp_path / name), "--images", "3", "--steps", "3"
+        )
+        assert drawn.returncode == 0, drawn.stderr
+    first, second = (np.load(tmp_path / name)["images"] for name in ("a.npz", "b.npz"))
+    assert first.shape == (3, 8, 8, 1)
+    np.testing.assert_array_equal(first, second)
