@@ -1,8 +1,9 @@
 """What one training is: every setting of it, checked where it is built."""
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from trainer import schedules
 
@@ -36,16 +37,50 @@ class ScheduleConfig(Config):
 
 
 class DataConfig(Config):
-    """Which images. `name` is digits, or parquet:PATH (one file or a folder of files)."""
+    """Which images. `name` is one of
+
+    digits          8x8 grey, embedded in scikit-learn
+    mnist, cifar10, fgvc-aircraft, flowers102, celeba
+                    as torchvision reads them, from `root`; the images of the published test split are never used
+    parquet:PATH    image bytes, and labels where there are any: one file, a folder's files, or a pattern such as
+                    data/train-*.parquet
+    folder:PATH     image files, sub-folders and all; labels are the first sub-folders' names
+    """
 
     name: str = "digits"
+    root: str | None = Field(None, description="where torchvision's files are; None is ~/.cache/ddpm-search/data")
+    download: bool = Field(False, description="fetch a published data set that is not in root")
     subset: int | None = Field(None, ge=2, description="images used, drawn by seed; None is all of them")
     train_fraction: float = Field(0.8, gt=0, lt=1, description="the rest is held out")
-    image_size: int | None = Field(None, ge=1, description="pixels a side; None keeps the files' own")
+    image_size: int | None = Field(
+        None,
+        ge=1,
+        description="pixels a side; None keeps the files' own, but mnist is padded to 32, and fgvc-aircraft and "
+        "celeba are scaled to 64, flowers102 to 128",
+    )
+    channels: Literal[1, 3] | None = Field(None, description="1 is grey; None is grey where the images are, else RGB")
     horizontal_flip: bool = False
-    image_column: str = "img"
+    labels: bool = Field(True, description="false: without the data set's labels")
+    image_column: str | None = Field(None, description="of Parquet files; None is img or image")
     label_column: str = "label"
-    seed: int = 0
+    skip_broken: bool = Field(False, description="leave out images that cannot be read; false stops at them")
+    seed: int = Field(0, ge=0)
+
+    @field_validator("name")
+    @classmethod
+    def _absolute_name(cls, name: str) -> str:
+        kind, _, path = name.partition(":")
+        return f"{kind}:{_absolute(path)}" if path else name
+
+    @field_validator("root")
+    @classmethod
+    def _absolute_root(cls, root: str | None) -> str | None:
+        return _absolute(root) if root else root
+
+
+def _absolute(path: str) -> str:
+    """Workers, and a run that is resumed, are in other folders than the one that a path was meant from."""
+    return path if path.startswith("~") else str(Path(path).absolute())  # ~ is each node's own
 
 
 class ModelConfig(Config):

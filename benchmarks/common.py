@@ -1,0 +1,37 @@
+"""What every benchmark writes beside its figures: commit, machine, versions."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+
+
+def provenance(seed: int) -> dict[str, Any]:
+    """Commit (with + where files were changed since), machine, versions and seed."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ("git", *arguments), cwd=RESULTS.parent.parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return {
+        "commit": git("rev-parse", "--short", "HEAD") + changed,
+        "machine": f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "ray", "diffusers")},
+        "seed": seed,
+    }
+
+
+def write(name: str, result: dict[str, Any]) -> None:
+    """docs/results/NAME.json."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"written: {path}")
