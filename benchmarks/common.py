@@ -20,7 +20,9 @@ def provenance(seed: int) -> dict[str, Any]:
         ).stdout.strip()
 
     changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-    models = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    models = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     return {
         "commit": git("rev-parse", "--short", "HEAD") + changed,
         "machine": f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores",

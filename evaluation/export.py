@@ -43,7 +43,7 @@ def export_pipeline(checkpoint: Checkpoint, out: Path, card: str, provenance: di
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex}.{kind}") for kind in ("new", "old"))
     try:
-        DDPMPipeline(checkpoint.denoiser("ema"), scheduler).save_pretrained(fresh, safe_serialization=True)
+        DDPMPipeline(checkpoint.denoiser(), scheduler).save_pretrained(fresh, safe_serialization=True)
         (fresh / "README.md").write_text(card, encoding="utf-8")
         # Ours goes last over the caller's: a folder that says it is an export can be relied on to be one.
         content = json.dumps(provenance | {"format": FORMAT}, indent=2, allow_nan=False)

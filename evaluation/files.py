@@ -1,6 +1,7 @@
 """Images on disk: what `sample` writes and `score` reads."""
 
 import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,24 +11,29 @@ from evaluation.pictures import save_grid_png
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
+def check_out(out: Path) -> None:
+    """Raises ValueError where `write_images` would: before images are drawn that have nowhere to go."""
+    if out.suffix not in (".png", ".npz", ""):
+        raise ValueError(f"--out must be FILE.png, FILE.npz or a folder without a suffix, but got {out}")
+    if not out.suffix and any(out.glob("*.png")):
+        raise ValueError(f"--out {out} holds PNG files already; give a new folder")
+
+
 def write_images(images: np.ndarray, out: Path) -> None:
     """(N, H, W, C) uint8 → a grid where `out` is FILE.png, an array `images` in FILE.npz, else a folder of PNG files.
 
     Raises ValueError where a folder holds images of an earlier call, which would be mixed with these.
     """
+    check_out(out)
     if out.suffix == ".png":
         save_grid_png(out, images)
     elif out.suffix == ".npz":
         out.parent.mkdir(parents=True, exist_ok=True)
         np.savez(out, images=images)
-    elif out.suffix:
-        raise ValueError(f"--out must be FILE.png, FILE.npz or a folder without a suffix, but got {out}")
     else:
         from PIL import Image
 
         out.mkdir(parents=True, exist_ok=True)
-        if any(out.glob("*.png")):
-            raise ValueError(f"--out {out} holds PNG files already; give a new folder")
         for index, pixels in enumerate(images):
             Image.fromarray(pixels.squeeze()).save(out / f"{index:06d}.png")
 
@@ -43,10 +49,9 @@ def read_images(path: Path) -> np.ndarray:
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
         return _stack([p.read_bytes() for p in files], path)
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as content:
-            if "images" not in content:
-                raise ValueError(f"{path} must hold `images`, `logits` or `probabilities`, but holds {content.files}")
-            images: np.ndarray = content["images"]
+        images, names = read_array(path, "images")
+        if images is None:
+            raise ValueError(f"{path} must hold `images`, `logits` or `probabilities`, but holds {names}")
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(f"images in {path} must be (N, H, W, C) uint8, but are {images.shape} {images.dtype}")
         return images
@@ -60,6 +65,15 @@ def read_images(path: Path) -> np.ndarray:
         rows = pq.read_table(path, columns=[column])[column].to_pylist()
         return _stack([row["bytes"] if isinstance(row, dict) else row for row in rows], path)
     raise ValueError(f"{path} must be a folder of images, an .npz or a Parquet file")
+
+
+def read_array(path: Path, name: str) -> tuple[np.ndarray | None, list[str]]:
+    """An array of an .npz, None where it has none of that name, and the names it has. Raises ValueError if no .npz."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return content[name] if name in content.files else None, content.files
+    except (zipfile.BadZipFile, ValueError, EOFError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not an .npz of plain arrays: {error}") from error
 
 
 def _stack(encoded: list[bytes], path: Path) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 
 from evaluation.config import FinalStageConfig, SamplerConfig
 from evaluation.extractors import Classifier, Extraction, Inception, cached_classifier, train_classifier
-from evaluation.rung import RungScorer
+from evaluation.rung import Metric, RungScorer
 from evaluation.scores import FeatureStatistics
 from trainer.data import Splits
 
@@ -89,7 +89,9 @@ def _extractor(
     return cached_classifier(cache, key, train)
 
 
-def rung_scorer(splits: Splits, reference: Reference | None, images: int, sampler: SamplerConfig) -> RungScorer:
+def rung_scorer(
+    splits: Splits, reference: Reference | None, images: int, sampler: SamplerConfig, metric: Metric
+) -> RungScorer:
     """The scorer that goes into every trial."""
     return RungScorer(
         extractor=reference.extractor if reference else None,
@@ -97,4 +99,5 @@ def rung_scorer(splits: Splits, reference: Reference | None, images: int, sample
         probe=splits.held_out.pixels[:PROBE_IMAGES],
         images=images,
         sampler=sampler,
+        metric=metric,
     )

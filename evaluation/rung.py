@@ -1,7 +1,9 @@
 """The scores of a rung: what early stopping looks at. The training loop calls it, and knows nothing of how it works."""
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +21,17 @@ LOG_SNR_GRID = np.linspace(-8, 8, 17)
 LOG_SNR_WIDTH = 2.5  # standard deviation of the weight around log-SNR 0, in nats
 
 
+Metric = Literal["frechet", "score", "grid_loss"]
+
+
+def objective(metrics: Mapping[str, Any], metric: str) -> float:
+    """The value that early stopping, the searcher and the choice of an EMA make small; inf where there is none."""
+    value = metrics.get(metric)
+    if value is None or not math.isfinite(value):
+        return math.inf
+    return -value if metric == "score" else float(value)
+
+
 @dataclass(frozen=True)
 class RungScorer:
     """Scores an EMA model: the same noise, sampler and number of images for every trial.
@@ -32,17 +45,23 @@ class RungScorer:
     probe: np.ndarray
     images: int
     sampler: SamplerConfig
+    metric: Metric = "frechet"
 
     def __call__(self, denoiser: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, Any]:
-        """frechet, score, grid_loss, and `samples`, a picture of the first images: (H, W, C) uint8."""
+        """frechet, score, grid_loss; `samples`, (H, W, C) uint8, a picture of the first; `objective`, to be small."""
         metrics: dict[str, Any] = {"grid_loss": grid_loss(denoiser, config.schedule, self.probe, device)}
+        metrics |= self._judge(denoiser, config, device)
+        return metrics | {"objective": objective(metrics, self.metric)}
+
+    def _judge(self, denoiser: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, Any]:
+        metrics: dict[str, Any] = {}
         count = self.images if self.extractor else min(self.images, 64)
         betas = schedules.betas(**config.schedule.model_dump())
         shape = (self.probe.shape[3], *self.probe.shape[1:3])
         try:
             drawn = sample_images(denoiser, betas, shape, self.sampler, 0, count, device)
         except FloatingPointError:
-            return metrics | {"frechet": None, "score": None}
+            return {"frechet": None, "score": None}
         metrics["samples"] = image_grid(drawn[:64], columns=8)
         if self.extractor is not None and self.reference is not None:
             judged = self.extractor.to(device).extract(drawn)

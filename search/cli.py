@@ -48,9 +48,9 @@ def run(
     settings = configuration.parse(tree, config)
 
     from search import pipeline
-    from trainer.storage import Storage
+    from search.records import storage_at
 
-    place = Storage(storage).at(settings.name)
+    place = storage_at(storage).at(settings.name)
     splits = pipeline.preflight(settings)
     pipeline.begin(settings, place)
     console.print(f"Run:            {place.uri}")
@@ -81,22 +81,15 @@ def _go(settings: Any, place: Any, splits: Any, address: str) -> None:
 def status(path: RunPath, as_json: Json = False) -> None:
     """The trials of a run, while it works and after."""
     from search import watch
-    from search.config import UserError
-    from search.records import Records
-    from trainer.storage import Storage
+    from search.records import read_run
 
-    place = Storage(path)
-    if not place.exists("config.yaml"):
-        raise UserError(f"no run at {path}: it has no config.yaml; give the folder that `ddpm-search run` printed")
-    rows = list(Records.load(place))
+    settings, place, records = read_run(path)
+    rows = list(records)
     if as_json:
         from dataclasses import asdict
 
         print(json.dumps([asdict(row) for row in rows], indent=2))
         return
-    import yaml
-
-    settings = yaml.safe_load(place.read("config.yaml"))
     metric = settings["early_stopping"]["metric"]
     if metric == "auto":
         judged = any(rung["frechet"] is not None for row in rows for rung in row.rungs)
@@ -127,9 +120,9 @@ def rank(path: RunPath, as_json: Json = False) -> None:
     """The ranking, with confidence intervals and ties."""
     from search import watch
     from search.config import UserError
-    from trainer.storage import Storage
+    from search.records import storage_at
 
-    place = Storage(path)
+    place = storage_at(path)
     if not place.exists("ranking.json"):
         raise UserError(
             f"no ranking at {path}: draw and score the best trials' images with: ddpm-search evaluate {path}"
@@ -235,10 +228,9 @@ def schedule_plot(
     family: Family, start: Start, end: End, out: Annotated[Path, typer.Option()], tau: Tau = 1.0, steps: Steps = 1000
 ) -> None:
     """A schedule as a picture."""
-    from evaluation import pictures
     from search import verbs
 
-    pictures.plot_schedules([verbs.make_schedule(family, start, end, tau, steps)], out)
+    verbs.plot_schedule(verbs.make_schedule(family, start, end, tau, steps), out)
     console.print(f"Written: {out}")
 
 

@@ -1,13 +1,14 @@
 """SearchConfig: the whole YAML, composed of each package's own configuration."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from evaluation.config import FinalStageConfig, SamplerConfig
-from trainer.config import Config, ScheduleConfig, TrainConfig
+from trainer import schedules
+from trainer.config import Config, TrainConfig
 from trainer.schedules import Family
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -31,7 +32,11 @@ class Range(Config):
         return self
 
 
-Searched = float | Range  # a number fixes the parameter
+RANGE, NUMBER = "<range>", "<number>"  # which of the two a wrong value was taken for; no key of a YAML
+Searched = Annotated[  # a number fixes the parameter
+    Annotated[float, Tag(NUMBER)] | Annotated[Range, Tag(RANGE)],
+    Discriminator(lambda value: RANGE if isinstance(value, dict | Range) else NUMBER),
+]
 
 
 class FamilySpace(Config):
@@ -61,6 +66,16 @@ class SpaceConfig(Config):
     learning_rate: Searched = Range(low=5e-5, high=2e-3, log=True)
     dropout: Searched = Range(low=0.0, high=0.3)
 
+    @model_validator(mode="after")
+    def _keeps_the_laws(self) -> "SpaceConfig":
+        for family, own in self.families.items():
+            if family == "linear" and own.tau != 1:
+                raise ValueError(f"space.families.linear.tau must be left out, for linear has none, but got {own.tau}")
+            numbers = (own.start, own.end, own.tau)
+            if not any(isinstance(number, Range) for number in numbers):
+                schedules.check(family, *numbers)  # type: ignore[arg-type]
+        return self
+
 
 class KnownPoint(Config):
     """A configuration to try before any suggestion; what is left out is the base training's."""
@@ -74,7 +89,7 @@ class KnownPoint(Config):
 
     @model_validator(mode="after")
     def _keeps_the_laws(self) -> "KnownPoint":
-        ScheduleConfig(family=self.family, start=self.start, end=self.end, tau=self.tau)
+        schedules.check(self.family, self.start, self.end, self.tau)
         return self
 
 
@@ -150,16 +165,15 @@ def load(name_or_path: str, overrides: list[str] | None = None) -> SearchConfig:
 
 def read(name_or_path: str, overrides: list[str]) -> dict[str, Any]:
     """The YAML's mapping with the overrides laid over it, not yet checked."""
-    shipped = CONFIGS / f"{name_or_path}.yaml"
-    path = shipped if "/" not in name_or_path and shipped.exists() else Path(name_or_path).expanduser()
-    if not path.is_file():
+    path = _find(name_or_path)
+    if path is None:
         names = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
         raise UserError(
             f"no configuration at {name_or_path!r}; give the path of a YAML file, or a shipped name: {names}"
         )
     try:
         tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping of settings, but holds a {type(tree).__name__}")
@@ -167,6 +181,15 @@ def read(name_or_path: str, overrides: list[str]) -> dict[str, Any]:
     for override in overrides:
         _set(tree, override)
     return tree
+
+
+def _find(name_or_path: str) -> Path | None:
+    shipped = CONFIGS / f"{name_or_path}.yaml"
+    try:
+        path = shipped if "/" not in name_or_path and shipped.exists() else Path(name_or_path).expanduser()
+        return path if path.is_file() else None
+    except (OSError, RuntimeError):  # a name too long for a file, ~nobody
+        return None
 
 
 def parse(tree: dict[str, Any], origin: str) -> SearchConfig:
@@ -198,19 +221,30 @@ def _set(tree: dict[str, Any], override: str) -> None:
 
 
 def _append(node: dict[str, Any], name: str, value: Any, key: str) -> None:
-    default = [point.model_dump() for point in KNOWN_POINTS] if key == "known_points+" else []
-    present = node.get(name, default)
+    present = node.get(name, _default(key.removesuffix("+")))
     if not isinstance(present, list):
         raise UserError(f"--set {key}=…: {name!r} is no list; use {name}=… to replace it")
     node[name] = [*present, value]
 
 
+def _default(key: str) -> Any:
+    """The default of a.b, as YAML would give it; an empty list where there is no such key, which is refused later."""
+    node: Any = SearchConfig(name="default").model_dump(mode="json")
+    for part in key.split("."):
+        node = node.get(part, []) if isinstance(node, dict) else []
+    return node
+
+
 def explain(error: Any) -> str:
     """One entry of a pydantic ValidationError in plain words."""
-    where = ".".join(str(part) for part in error["loc"])
+    where = ".".join(str(part) for part in error["loc"] if part not in (RANGE, NUMBER))
     if error["type"] == "extra_forbidden":
         return f"unknown key {where!r} (value {error['input']!r}); remove it or correct its spelling"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
-        return f"{where}: {message}" if where else message
+        return f"{where}: {message}" if where and not message.startswith(where) else message
+    if NUMBER in error["loc"]:
+        message = "must be a number, or a range {low: …, high: …, log: true or false}"
+    if error["type"] == "string_pattern_mismatch":
+        message = "must be letters, digits, dots, underscores and hyphens, the first a letter or digit"
     return f"{where}: {message}, but got {error['input']!r}"

@@ -47,10 +47,13 @@ class RungScheduler(Live, FIFOScheduler):
         if failure := result.get("failure"):
             self.records.update(key, state="failed", reason=failure)
             return TrialScheduler.STOP
+        epoch = result.get("epoch")
+        if epoch is None:
+            self.records.update(key, state="failed", reason="its process ended without a report")
+            return TrialScheduler.STOP
         root = f"{self.records.run.root}/"
         path = result.get("checkpoint_path")
         row = self.records.report(key, result, path.removeprefix(root) if path else None)
-        epoch = result["epoch"]
         if epoch >= self.epochs:
             # Its process ends by itself: nothing of it is cut short by a stop.
             self.records.update(key, state="completed", reason=None)
@@ -63,7 +66,8 @@ class RungScheduler(Live, FIFOScheduler):
             if not goes_on(value, earlier, self.config.reduction):
                 better = sum(v < value for v in earlier)
                 place = f"{better + 1} of {len(earlier) + 1}"
-                reason = f"{self.metric_name} {abs(value):.4g} at epoch {epoch} was {place} so far"
+                what = f"{self.metric_name} {abs(value):.4g} at epoch {epoch} was {place} so far"
+                reason = what if math.isfinite(value) else f"no finite {self.metric_name} at epoch {epoch}"
                 self.records.update(key, state="stopped", reason=reason)
                 return TrialScheduler.STOP
         return TrialScheduler.CONTINUE

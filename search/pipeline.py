@@ -14,15 +14,16 @@ from rich.console import Console
 from cluster import capacity, connect
 from evaluation import export, pictures, reference, report, stage
 from evaluation.reference import Reference
+from evaluation.rung import Metric
 from evaluation.sampling import sample_images
 from search import tuner, watch
-from search.config import SearchConfig, UserError, parse
-from search.records import Records, Row
+from search.config import SearchConfig, UserError
+from search.records import CONFIG, Records, Row, open_run
 from trainer import checkpoint, data
 from trainer.data import Splits
 from trainer.storage import Storage
 
-CONFIG, RANKING, REPORT = "config.yaml", "ranking.json", "report/index.html"
+RANKING, REPORT = "ranking.json", "report/index.html"
 CACHE = Path("~/.cache/ddpm-search").expanduser()
 SAMPLES = 64
 
@@ -33,21 +34,12 @@ def begin(config: SearchConfig, run: Storage) -> None:
         raise UserError(
             f"{run.uri} holds another run; go on with it (ddpm-search resume {run.uri}) or give this one another --name"
         )
-    if run.names():
-        raise UserError(f"{run.uri} is not empty and holds no run; give another --name or --storage")
     try:
+        if run.names():
+            raise UserError(f"{run.uri} is not empty and holds no run; give another --name or --storage")
         run.write(CONFIG, _config_yaml(config).encode())
     except OSError as error:
         raise UserError(f"--storage {run.uri} cannot be written: {error}; give a folder that can") from error
-
-
-def open_run(path: str) -> tuple[SearchConfig, Storage, Records]:
-    """An earlier run. Raises UserError where there is none."""
-    run = Storage(path)
-    if not run.exists(CONFIG):
-        raise UserError(f"no run at {path}: it has no {CONFIG}; give the folder that `ddpm-search run` printed")
-    config = parse(yaml.safe_load(run.read(CONFIG)), f"{path}/{CONFIG}")
-    return config, run, Records.load(run)
 
 
 def preflight(config: SearchConfig) -> Splits:
@@ -78,9 +70,9 @@ def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, 
             judge = _reference(config, splits, console)
         except ValueError as error:
             raise UserError(str(error)) from error
-        metric = _metric(config, judge, console)
+        metric = choose_metric(config, judge, console)
         settings = config.early_stopping
-        scorer = reference.rung_scorer(splits, judge, settings.images, settings.sampler)
+        scorer = reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric)
         left = tuner.trials_left(config, records)
         if left:
             console.print(f"Searching: {left} trials of {config.train.epochs} epochs, {at_once} at once\n")
@@ -233,7 +225,8 @@ def _reference(config: SearchConfig, splits: Splits, console: Console) -> Refere
     return judge
 
 
-def _metric(config: SearchConfig, judge: Reference | None, console: Console) -> str:
+def choose_metric(config: SearchConfig, judge: Reference | None, console: Console) -> Metric:
+    """What trials are stopped by. Raises UserError where the configuration asks for one that cannot be had."""
     wanted = config.early_stopping.metric
     if judge is None:
         if wanted not in ("auto", "grid_loss"):
@@ -254,7 +247,7 @@ def evaluate_again(config: SearchConfig, run: Storage, splits: Splits, address: 
         judge = _reference(config, splits, console)
         if judge is None:
             raise UserError("nothing can judge these images: the data has no labels, so give final.inception_weights")
-        evaluate(config, run, records, judge, _metric(config, judge, console), capacity.read(), console)
+        evaluate(config, run, records, judge, choose_metric(config, judge, console), capacity.read(), console)
     finish(config, run, records, judge, splits, console)
 
 
@@ -278,10 +271,15 @@ def export_again(path: str, trial: str | None, out: Path, console: Console) -> N
             raise UserError(
                 f"no ranking at {path}, so no winner; name a --trial, or first: ddpm-search evaluate {path}"
             )
-        trial = next(row["trial"] for row in ranked["trials"] if row["rank"] == 1)
+        trial = next((row["trial"] for row in ranked["trials"] if row["rank"] == 1), None)
+        if trial is None:
+            raise UserError(f"no trial of {path} could be scored, so there is no winner; name a --trial")
     elif trial not in known:
         raise UserError(f"--trial {trial} is not in this run; its trials are {', '.join(known)}")
-    export_trial(config, run, records, ranked, trial, out, console)
+    try:
+        export_trial(config, run, records, ranked, trial, out, console)
+    except (OSError, checkpoint.BrokenCheckpointError) as error:
+        raise UserError(f"trial {trial} cannot be exported to --out {out}: {error}") from error
 
 
 def _candidates(config: SearchConfig, records: Records, metric: str) -> list[stage.Candidate]:

@@ -2,15 +2,19 @@
 
 import dataclasses
 import io
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
+from search.config import SearchConfig, UserError, parse
 from trainer.storage import Storage
 
+CONFIG = "config.yaml"
 FILE = "trials.parquet"
 State = Literal["running", "completed", "stopped", "screened", "reused", "failed"]
 RUNG_METRICS = ("frechet", "score", "grid_loss")
@@ -107,18 +111,21 @@ class Records:
         return self._put(dataclasses.replace(self._rows[trial], **changes))
 
     def report(self, trial: str, metrics: dict[str, Any], run_checkpoint: str | None) -> Row:
-        """Notes a report. An epoch that comes twice, since a worker died after it, changes nothing."""
+        """Notes a report. An epoch that comes twice, since a worker died after it, changes nothing.
+
+        A score that is not finite is none: it cannot be ranked, nor told to Optuna, nor written as JSON.
+        """
         row = self._rows[trial]
         rungs = row.rungs
         if metrics.get("rung") and row.rung(metrics["epoch"]) is None:
-            scores = {name: metrics.get(name) for name in RUNG_METRICS}
+            scores = {name: _finite(metrics.get(name)) for name in RUNG_METRICS}
             rungs = sorted([*rungs, {"epoch": metrics["epoch"], **scores}], key=lambda rung: rung["epoch"])
         return self.update(
             trial,
             rungs=rungs,
             epoch=max(row.epoch, metrics["epoch"]),
             worker_seconds=max(row.worker_seconds, metrics["worker_seconds"]),
-            checkpoint=run_checkpoint or row.checkpoint,
+            checkpoint=run_checkpoint if run_checkpoint and metrics["epoch"] >= row.epoch else row.checkpoint,
         )
 
     def _put(self, row: Row) -> Row:
@@ -128,3 +135,37 @@ class Records:
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
         self.run.write(FILE, buffer.getvalue())
         return row
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def storage_at(address: str) -> Storage:
+    """Raises UserError where no storage can be at such an address."""
+    try:
+        return Storage(address)
+    except (ValueError, OSError, RuntimeError) as error:  # an unknown s3:// like scheme, no answer, ~nobody
+        raise UserError(f"{address} is no place for a run: {error}; give a folder, or s3://bucket/folder") from error
+
+
+def read_run(path: str) -> tuple[dict[str, Any], Storage, Records]:
+    """An earlier run, perhaps of another version: its configuration is not checked. Raises UserError."""
+    run = storage_at(path)
+    if not run.exists(CONFIG):
+        raise UserError(f"no run at {path}: it has no {CONFIG}; give the folder that `ddpm-search run` printed")
+    try:
+        tree, records = yaml.safe_load(run.read(CONFIG)), Records.load(run)
+    except (yaml.YAMLError, UnicodeDecodeError, pa.ArrowInvalid) as error:
+        raise UserError(f"the run at {path} is damaged: {error}; restore {CONFIG} and {FILE} from a copy") from error
+    if not isinstance(tree, dict) or not {"name", "train", "early_stopping"} <= tree.keys():
+        raise UserError(
+            f"no run at {path}: its {CONFIG} is not a run's; give the folder that `ddpm-search run` printed"
+        )
+    return tree, run, records
+
+
+def open_run(path: str) -> tuple[SearchConfig, Storage, Records]:
+    """An earlier run, to go on with. Raises UserError where there is none, or this version cannot go on with it."""
+    tree, run, records = read_run(path)
+    return parse(tree, f"{path}/{CONFIG}"), run, records

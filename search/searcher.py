@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from ray.tune.search.optuna import OptunaSearch
 
 from search import space
-from search.config import SearchConfig
+from search.config import SearchConfig, UserError
 from search.records import Live, Records, Row
 from trainer import schedules
 
@@ -72,7 +72,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
             if row.state == "running":
                 return self._start(trial_id, row)
             self._tell(trial_id, row)
-        raise RuntimeError(
+        raise UserError(
             f"{MAX_SCREENED_IN_A_ROW} configurations in a row failed the screen, the last because: {row.reason}; "
             "narrow space.families to schedules that reach pure noise"
         )

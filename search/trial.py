@@ -27,8 +27,13 @@ def in_ray_train(
     """The function that Tune runs for each trial, whose config is {trial, train}: Ray Train with its worker group."""
 
     def trial(config: dict[str, Any]) -> None:
-        from trainer import ray_worker
+        from trainer import checkpoint, ray_worker
 
+        found = checkpoint.latest(run.at("train", config["trial"]))
+        if found is not None and found[1].meta["metrics"]["rung"]:
+            # Written, and perhaps not reported before a crash: training goes on from here, and never comes here again.
+            tune.report({**found[1].meta["metrics"], "checkpoint_path": found[0].root})
+        del found
         ray_worker.fit(
             TrainConfig.model_validate(config["train"]),
             name=config["trial"],

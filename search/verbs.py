@@ -1,6 +1,9 @@
 """The verbs that need no run and no Ray: train, sample, score, schedule show and compare."""
 
 import json
+import signal
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,15 @@ def show_schedule(schedule: ScheduleConfig, as_json: bool, console: Console) -> 
     console.print(table)
 
 
+def plot_schedule(schedule: ScheduleConfig, out: Path) -> None:
+    from evaluation import pictures
+
+    try:
+        pictures.plot_schedules([schedule], out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}") from error
+
+
 def compare_schedules(named: list[str], steps: int, out: Path) -> None:
     """Draws schedules given as FAMILY:START:END[:TAU]; the original study's five where none are."""
     from sklearn.datasets import load_sample_image
@@ -74,7 +86,10 @@ def compare_schedules(named: list[str], steps: int, out: Path) -> None:
     else:
         chosen = [make_schedule(p.family, p.start, p.end, p.tau, steps) for p in KNOWN_POINTS]
     photo = load_sample_image("flower.jpg")[60:380:2, 160:480:2]  # embedded in scikit-learn
-    pictures.plot_compare(chosen, photo, out)
+    try:
+        pictures.plot_compare(chosen, photo, out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}") from error
 
 
 def _parse_schedule(text: str, steps: int) -> ScheduleConfig:
@@ -102,9 +117,11 @@ def sample(folder: Path, out: Path, images: int, sampler: str, steps: int, seed:
     try:
         settings = SamplerConfig.model_validate({"name": sampler, "steps": steps, "seed": seed})
     except ValidationError as error:
-        raise UserError("; ".join(f"--{explain(e)}" for e in error.errors())) from None
+        said = "; ".join(f"--{explain(e)}" for e in error.errors())
+        raise UserError(said.replace("--name:", "--sampler:")) from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        files.check_out(out)
         denoiser, betas, shape = export.load_export(folder)
         with progress_bar(console, f"Drawing {images:,} images") as progress:
             drawn = sample_images(
@@ -144,32 +161,38 @@ def score(path: Path, extractor: str, weights: Path | None, split_size: int) -> 
 
 
 def _stored_probabilities(path: Path) -> np.ndarray | None:
+    from evaluation.files import read_array
     from evaluation.scores import softmax_float64
 
     if path.suffix != ".npz" or not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as content:
-        if "probabilities" in content:
-            return content["probabilities"]
-        return softmax_float64(content["logits"]) if "logits" in content else None
+    probabilities, _ = read_array(path, "probabilities")
+    if probabilities is None:
+        logits, _ = read_array(path, "logits")
+        return None if logits is None else softmax_float64(logits)
+    return probabilities
 
 
 def train(config: SearchConfig, out: Path, console: Console) -> None:
     """One training of `config.train`, in this process; goes on from the newest checkpoint in `out`."""
     from evaluation import reference
-    from search.pipeline import CACHE, preflight
+    from search.pipeline import CACHE, choose_metric, preflight
     from search.watch import progress_bar
     from trainer import checkpoint, local, loop
     from trainer.storage import Storage
 
-    splits = preflight(config)
-    device = local.default_device()
-    judge = reference.prepare(splits, config.final, CACHE, str(device), console.print)
-    settings = config.early_stopping
     folder = Storage(out)
+    try:
+        folder.check_writable()
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}; give a folder that can") from error
     found = checkpoint.latest(folder)
     if found is not None and found[1].config != config.train:
         raise UserError(f"--out {out} holds a training of another configuration; give another --out")
+    splits = preflight(config)
+    device = local.default_device()
+    judge = reference.prepare(splits, config.final, CACHE, str(device), console.print)
+    settings, metric = config.early_stopping, choose_metric(config, judge, console)
     done = f", from epoch {found[1].meta['epoch']}" if found else ""
     console.print(f"Training {config.train.schedule.label()} for {config.train.epochs} epochs{done}")
     console.print(f"TensorBoard:    tensorboard --logdir {folder.uri}")
@@ -179,6 +202,14 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
         shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if metrics.get(name) is not None)
         console.print(f"epoch {metrics['epoch']:>5}  {shown}")
 
+    # Ctrl-C ends a training between two steps, never within one; a second one ends it at once.
+    interrupted = threading.Event()
+
+    def interrupt(number: int, frame: Any) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, interrupt)
     with progress_bar(console, "epochs") as progress:
         try:
             local.fit(
@@ -188,11 +219,17 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
                 folder,
                 device,
                 report,
-                score=reference.rung_scorer(splits, judge, settings.images, settings.sampler),
+                score=reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric),
                 rungs=config.rung_epochs(),
                 log=lambda metrics: progress(metrics["epoch"], config.train.epochs),
                 report_seconds=config.report_seconds,
+                stop=interrupted.is_set,
             )
-        except loop.TrainingFailedError as error:
+        except (loop.TrainingFailedError, loop.WorkerFailedError) as error:
             raise SystemExit(f"ddpm-search: training failed: {error}") from None
+        except loop.InterruptedTrainingError:
+            print(f"\nInterrupted; a checkpoint is in {out}. The same command goes on from there.", file=sys.stderr)
+            raise SystemExit(130) from None
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     console.print(f"Checkpoints:    {out}")

@@ -3,9 +3,11 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from rich.console import Console, Group
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -15,6 +17,7 @@ from search.records import Records, Row
 from trainer.config import ScheduleConfig
 
 SHOWN = 16  # rows of the live table
+WRAPPED_WIDTH = 24  # characters that a column of several lines needs at least
 STATE_STYLE = {"running": "cyan", "completed": "green", "stopped": "yellow", "screened": "magenta", "failed": "red"}
 METRIC_TITLES = {"frechet": "Fréchet", "score": "score", "grid_loss": "grid loss"}
 
@@ -46,29 +49,66 @@ def in_order(rows: Iterable[Row], metric: str) -> list[Row]:
     return sorted(rows, key=key)
 
 
-def trials_table(rows: Iterable[Row], metric: str, epochs: int, limit: int | None = None) -> Table:
+@dataclass(frozen=True)
+class Column:
+    """`leaves` says in which order columns are left out of a narrow terminal; 0: never. `wraps`: over several lines."""
+
+    title: str
+    justify: Literal["left", "right"] = "right"
+    leaves: int = 0
+    wraps: bool = False
+
+
+class FittedTable:
+    """A table that leaves out its least important columns where not all of them fit, rather than cut every one."""
+
+    def __init__(self, *columns: Column):
+        self.columns = columns
+        self.rows: list[tuple[tuple[str | Text, ...], str]] = []
+
+    def add_row(self, *cells: str | Text, style: str = "") -> None:
+        self.rows.append((cells, style))
+
+    def _width(self, index: int) -> int:
+        column = self.columns[index]
+        texts = [column.title, *(str(cells[index]) for cells, _ in self.rows if index < len(cells))]
+        widest = max(cell_len(line) for text in texts for line in text.split("\n"))
+        return min(widest, WRAPPED_WIDTH) if column.wraps else widest
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown = list(range(len(self.columns)))
+        while sum(self._width(i) for i in shown) + 2 * (len(shown) - 1) > options.max_width:
+            droppable = [i for i in shown if self.columns[i].leaves]
+            if not droppable:
+                break
+            shown.remove(min(droppable, key=lambda i: self.columns[i].leaves))
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in (self.columns[i] for i in shown):
+            table.add_column(column.title, justify=column.justify, no_wrap=not column.wraps)
+        for cells, style in self.rows:
+            table.add_row(*(cells[i] for i in shown if i < len(cells)), style=style)
+        yield table
+
+
+def trials_table(rows: Iterable[Row], metric: str, epochs: int, limit: int | None = None) -> FittedTable:
     """The trials, best first."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name, justify in (
-        ("trial", "left"), ("schedule", "left"), ("lr", "right"), ("dropout", "right"), ("epoch", "right"),
-        (METRIC_TITLES[metric], "right"), ("score", "right"), ("seconds", "right"), ("state", "left"),
-    ):  # fmt: skip
-        if name != "score" or metric != "score":
-            table.add_column(name, justify=justify, no_wrap=name != "state")  # type: ignore[arg-type]
+    both = metric != "score"
+    table = FittedTable(
+        Column("trial", "left"), Column("schedule", "left"), Column("lr", leaves=4), Column("dropout", leaves=3),
+        Column("epoch"), Column(METRIC_TITLES[metric]), *([Column("score", leaves=5)] if both else []),
+        Column("seconds", leaves=2), Column("state", "left"), Column("reason", "left", leaves=1, wraps=True),
+    )  # fmt: skip
     ordered = in_order(rows, metric)
     for row in ordered[:limit]:
         last = row.rungs[-1] if row.rungs else {}
-        values = [last.get(metric)] + ([last.get("score")] if metric != "score" else [])
-        state = Text(row.state, style=STATE_STYLE.get(row.state, ""))
-        if row.reason:
-            state.append(f": {row.reason}", style="dim")
+        values = [last.get(metric)] + ([last.get("score")] if both else [])
         table.add_row(
             row.trial, schedule_label(row), f"{row.learning_rate:.1e}", f"{row.dropout:.2f}", f"{row.epoch}/{epochs}",
-            *("–" if value is None else f"{value:.4g}" for value in values),
-            f"{row.worker_seconds:.0f}", state,
+            *("–" if value is None else f"{value:.4g}" for value in values), f"{row.worker_seconds:.0f}",
+            Text(row.state, style=STATE_STYLE.get(row.state, "")), Text(row.reason or "", style="dim"),
         )  # fmt: skip
     if limit is not None and len(ordered) > limit:
-        table.add_row(f"… {len(ordered) - limit} more")
+        table.add_row(f"+ {len(ordered) - limit} more")
     return table
 
 
@@ -132,31 +172,20 @@ def progress_bar(console: Console, what: str) -> Iterator[Callable[[int, int], N
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def ranking_table(ranking: dict[str, Any]) -> Table:
+def ranking_table(ranking: dict[str, Any]) -> FittedTable:
     """ranking.json as a table, with the real images above and the noise below."""
     score_name = ranking["score_name"]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in (
-        "rank",
-        "trial",
-        "schedule",
-        "lr",
-        "dropout",
-        score_name,
-        "95% CI",
-        "Fréchet",
-        "95% CI",
-        "P(best)",
-        "tied with",
-    ):
-        table.add_column(
-            name, justify="left" if name in ("trial", "schedule", "tied with") else "right", no_wrap=name != "tied with"
-        )
+    table = FittedTable(
+        Column("rank"), Column("trial", "left"), Column("schedule", "left"), Column("lr", leaves=3),
+        Column("dropout", leaves=2), Column(score_name.replace(" ", "\n")), Column("95% CI", leaves=5),
+        Column("Fréchet"), Column("95% CI", leaves=1), Column("P(best)", leaves=6),
+        Column("tied with", "left", leaves=4, wraps=True),
+    )  # fmt: skip
     real, noise = ranking["real"], ranking["noise"]
 
     def reference(name: str, row: dict[str, Any]) -> None:
-        n = "" if row["n"] == ranking["images"] else f" (N {row['n']:,})"
-        table.add_row("", name + n, "", "", "", f"{row['score']:.3f}", "", f"{row['frechet']:.2f}", style="dim")
+        n = "" if row["n"] == ranking["images"] else f"N {row['n']:,}"
+        table.add_row("", name, n, "", "", f"{row['score']:.3f}", "", f"{row['frechet']:.2f}", style="dim")
 
     reference("real, held out", real)
     for row in ranking["trials"]:

@@ -122,7 +122,9 @@ def test_a_killed_search_is_resumed_without_losing_a_trial_or_an_epoch(environme
     place = Storage(tmp_path / "cut")
     arguments = ("run", "digits", "--name", "cut", "--storage", str(tmp_path))
     setup = settings(*SMALL, "train.epochs=9", "early_stopping.scheduler=none", "report_seconds=0.01")
-    with subprocess.Popen((*COMMAND, *arguments, *setup), env=environment, text=True, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        (*COMMAND, *arguments, *setup), env=environment, text=True, stdout=subprocess.PIPE
+    ) as process:
         wait_for(lambda: place.exists("trials.parquet") and epochs_done(place) >= 2, 120, process)
         os.kill(process.pid, signal.SIGKILL)
     before = {row.trial: row for row in Records.load(place)}
@@ -150,7 +152,9 @@ def test_interrupting_keeps_what_is_done_and_says_how_to_go_on(environment, tmp_
     place = Storage(tmp_path / "stop")
     arguments = ("run", "digits", "--name", "stop", "--storage", str(tmp_path), *settings(*SMALL, "train.epochs=500"))
     process = subprocess.Popen((*COMMAND, *arguments), env=environment, text=True, stderr=subprocess.PIPE)
-    wait_for(lambda: place.exists("trials.parquet") and any(r.state == "running" for r in Records.load(place)), 120, process)
+    wait_for(
+        lambda: place.exists("trials.parquet") and any(r.state == "running" for r in Records.load(place)), 120, process
+    )
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 130
@@ -172,7 +176,15 @@ def test_the_winner_loads_where_only_diffusers_is(environment, tmp_path):
     export_pipeline(found[1], tmp_path / "export", "card", {})
     for name in ("a.npz", "b.npz"):
         drawn = run(
-            environment, "sample", str(tmp_path / "export"), "--out", str(tmp_path / name), "--images", "3", "--steps", "3"
+            environment,
+            "sample",
+            str(tmp_path / "export"),
+            "--out",
+            str(tmp_path / name),
+            "--images",
+            "3",
+            "--steps",
+            "3",
         )
         assert drawn.returncode == 0, drawn.stderr
     first, second = (np.load(tmp_path / name)["images"] for name in ("a.npz", "b.npz"))

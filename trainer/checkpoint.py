@@ -1,7 +1,7 @@
 """What a checkpoint holds, how it is written, and how it is verified when it is read.
 
 A checkpoint is a folder: `state.pt` (tensors and plain numbers, loaded with weights_only=True) and
-`checkpoint.json` (format, step, epoch, configuration, versions, and the SHA-256 of state.pt), written last.
+`checkpoint.json` (format, step, epoch, configuration, versions, and a SHA-256 of both), written last.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from trainer import model as unet
 from trainer.config import TrainConfig
 from trainer.storage import Storage
 
-FORMAT = 1
+FORMAT = 2
 
 
 class BrokenCheckpointError(Exception):
@@ -36,11 +36,12 @@ class Checkpoint:
     def config(self) -> TrainConfig:
         return TrainConfig.model_validate(self.meta["config"])
 
-    def denoiser(self, weights: str = "ema") -> nn.Module:
-        """The U-Net in eval mode with its EMA weights (or `weights="raw"`), on the CPU."""
+    def denoiser(self, raw: bool = False) -> nn.Module:
+        """The U-Net in eval mode with its best EMA's weights, or those that were trained, on the CPU."""
         config = self.config
+        weights = self.state["model"] if raw else self.state["ema"][str(self.meta["ema_decay"])]
         network = unet.build(config.model, tuple(self.meta["image_shape"]), config.dropout, seed=0)
-        network.load_state_dict(self.state["ema" if weights == "ema" else "model"])
+        network.load_state_dict(weights)
         return network.eval().requires_grad_(False)
 
 
@@ -50,15 +51,9 @@ def save(storage: Storage, state: dict[str, Any], meta: dict[str, Any]) -> None:
     torch.save(state, buffer)
     content = buffer.getvalue()
     storage.write("state.pt", content)
-    storage.write_json(
-        "checkpoint.json",
-        {
-            "format": FORMAT,
-            **meta,
-            "versions": {name: version(name) for name in ("ddpm-search", "torch", "diffusers")},
-            "sha256": hashlib.sha256(content).hexdigest(),
-        },
-    )
+    versions = {name: version(name) for name in ("ddpm-search", "torch", "diffusers")}
+    described = {"format": FORMAT, **meta, "versions": versions}
+    storage.write_json("checkpoint.json", described | {"sha256": _digest(described, content)})
 
 
 def load(storage: Storage) -> Checkpoint:
@@ -70,9 +65,15 @@ def load(storage: Storage) -> Checkpoint:
         raise BrokenCheckpointError(f"checkpoint {storage.uri} cannot be read: {error}") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise BrokenCheckpointError(f"checkpoint {storage.uri} is not of format {FORMAT}")
-    if hashlib.sha256(content).hexdigest() != meta["sha256"]:
-        raise BrokenCheckpointError(f"checkpoint {storage.uri} is damaged: state.pt does not match its SHA-256")
+    if _digest({name: value for name, value in meta.items() if name != "sha256"}, content) != meta.get("sha256"):
+        raise BrokenCheckpointError(f"checkpoint {storage.uri} is damaged: its content does not match its SHA-256")
     return Checkpoint(meta, torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+
+
+def _digest(described: dict[str, Any], content: bytes) -> str:
+    """SHA-256 of both files: a flipped byte in the description is as bad as one in a tensor."""
+    canonical = json.dumps(json.loads(json.dumps(described)), sort_keys=True).encode()
+    return hashlib.sha256(canonical + content).hexdigest()
 
 
 def names(storage: Storage) -> list[str]:

@@ -125,6 +125,20 @@ class ModelConfig(Config):
             )
 
 
+class SpeedConfig(Config):
+    """How fast a step is; none of it changes what is learned beyond rounding. `auto` is by device.
+
+    On CPUs bf16 autocast was twice as slow, channels_last and fused Adam faster, and compiling takes minutes that short
+    trainings do not earn back (benchmarks/train_throughput.py).
+    """
+
+    bf16: Literal["auto"] | bool = Field("auto", description="autocast; auto: on GPUs")
+    channels_last: bool = True
+    fused_adam: bool = True
+    cuda_graphs: Literal["auto"] | bool = Field("auto", description="auto: where one GPU trains alone")
+    compile: bool = Field(False, description="torch.compile; costs minutes a process")
+
+
 class TrainConfig(Config):
     """One training. Defaults are the original study's (T 1000, batch 16, Adam 2e-4, StepLR 0.85 every 5 epochs)."""
 
@@ -138,12 +152,22 @@ class TrainConfig(Config):
     lr_decay_epochs: int = Field(5, ge=1, description="… after every so many epochs")
     dropout: float = Field(0.1, ge=0, lt=1)
     gradient_clip: float = Field(1.0, gt=0, description="largest gradient norm")
-    ema_decay: float = Field(0.9999, ge=0, lt=1, description="reached by warm-up (1+n)/(10+n)")
+    ema_decays: tuple[float, ...] = Field(
+        (0.9999,), min_length=1, description="each reached by warm-up (1+n)/(10+n); rungs score the first, the end all"
+    )
+    micro_batch: int | None = Field(None, ge=1, description="images a worker takes at once; gradients are accumulated")
+    hang_seconds: int = Field(1800, ge=1, description="a worker that the others wait for longer has hung")
+    speed: SpeedConfig = SpeedConfig()
     seed: int = Field(0, ge=0)
     workers: int = Field(1, ge=1, description="DDP workers of one training")
+    min_workers: int | None = Field(None, ge=1, description="go on with as few where a node is lost")
 
     @model_validator(mode="after")
-    def _a_slice_for_every_worker(self) -> "TrainConfig":
+    def _fits(self) -> "TrainConfig":
+        if not all(0 <= decay < 1 for decay in self.ema_decays) or len(set(self.ema_decays)) != len(self.ema_decays):
+            raise ValueError(f"ema_decays must be different numbers in [0, 1), but got {list(self.ema_decays)}")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers <= workers must hold, but got {self.min_workers} and {self.workers}")
         if self.batch_size < self.workers:
             raise ValueError(
                 f"batch_size >= workers must hold, but got batch_size={self.batch_size}, workers={self.workers}"

@@ -1,29 +1,34 @@
-"""Data sets: one uint8 array a split, and the batch of step k."""
+"""Data sets: decoded once, split, and mapped from disk; the batch of step k."""
 
 import hashlib
-import io
+import json
+import warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
+from trainer import data_cache, datasets, published
 from trainer.config import DataConfig
+from trainer.ingest import Progress, decode_all
+
+if TYPE_CHECKING:
+    import torch  # batches alone need it, and what only looks at images need not wait for it
+
+CACHE_VERSION = 1  # raised whenever the same files and settings come to give other pixels or splits
 
 
 @dataclass(frozen=True)
 class Images:
-    """pixels (N, H, W, C) uint8; labels (N,) int64, or None where the data set has none."""
+    """pixels (N, H, W, C) uint8, read-only; labels (N,) int64, or None where the data set has none."""
 
     pixels: np.ndarray
     labels: np.ndarray | None
 
     def __len__(self) -> int:
         return len(self.pixels)
-
-    def take(self, index: np.ndarray) -> "Images":
-        return Images(self.pixels[index], None if self.labels is None else self.labels[index])
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -38,103 +43,149 @@ class Splits:
 
     train: Images
     held_out: Images
-    rest: Images
+    config: DataConfig
+    meta: dict[str, Any]
+    entry: str  # of the cache
 
     def key(self) -> str:
-        """Hash of everything in the splits: two runs with one key used the same images."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.held_out, self.rest):
-            digest.update(repr(part.pixels.shape).encode())
-            digest.update(np.ascontiguousarray(part.pixels).data)
-            if part.labels is not None:
-                digest.update(np.ascontiguousarray(part.labels).data)
-        return digest.hexdigest()[:16]
+        """Hash of the images: two runs with one key used the same, wherever their files lie.
+
+        Of the pixels and labels of train and held_out; of rest, which may never be decoded, by the files' names and
+        sizes.
+        """
+        return self.meta["key"]
+
+    @cached_property
+    def rest(self) -> Images:
+        """Decoded when it is first asked for. Raises as `load` does."""
+        return _rest(self)
 
 
-@lru_cache(maxsize=1)  # a process that trains one trial after another reads its images once
+def prepare(config: DataConfig, progress: Progress | None = None) -> None:
+    """Decodes train and held_out into the cache where they are not there; progress(done, total) counts images.
+
+    Raises ValueError or OSError, saying what to do.
+    """
+    _splits(config, progress)
+
+
+@lru_cache(maxsize=1)  # a process that trains one trial after another opens its images once
 def load(config: DataConfig) -> Splits:
-    """Reads and splits a data set, not to be written into. Raises ValueError or FileNotFoundError, saying what to do."""
-    images = _read(config)
-    subset, rest = np.arange(len(images)), np.arange(0)
-    if config.subset is not None and config.subset < len(images):
-        subset, rest = _split(images.labels, len(images), config.subset, config.seed)
-    elif config.subset is not None and config.subset > len(images):
-        raise ValueError(f"data.subset must be at most the data set's {len(images)} images, but got {config.subset}")
-    chosen = images.take(subset)
-    train, held_out = _split(chosen.labels, len(chosen), round(config.train_fraction * len(chosen)), config.seed)
-    return Splits(chosen.take(train), chosen.take(held_out), images.take(rest))
+    """A data set's splits, not to be written into: mapped from disk, so that N processes of a node hold them once.
+
+    The images are those outside the published test split, where there is one; `subset` of them, drawn by seed, is
+    divided by train_fraction; each class keeps its share within one image. Raises ValueError or OSError, saying what
+    to do.
+    """
+    return _splits(config, None)
 
 
-def _read(config: DataConfig) -> Images:
+def _splits(config: DataConfig, progress: Progress | None) -> Splits:
+    source = _find(config)
+
+    def make(folder: Path) -> dict[str, Any]:
+        listing = datasets.listing(source, config)
+        train, held_out, _ = _choose(config, listing)
+        meta = decode_all(folder, source, listing, {"train": train, "held_out": held_out}, config, progress)
+        files = [(file.name, 0 if file.is_dir() else file.stat().st_size) for file in source.files]
+        return meta | {"key": _hash(meta["content"], files, listing.count)[:16]}
+
+    name = _entry_name(config, source)
+    meta, arrays = data_cache.entry(name, make)
+    # The mapped file is read-only and torch would have it writable; the warning says nothing that a user can act on.
+    warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+    return Splits(_images(arrays, "train"), _images(arrays, "held_out"), config, meta, name)
+
+
+def _find(config: DataConfig) -> datasets.Source:
+    """The source that config.name names. Raises ValueError or OSError, saying what to do."""
     kind, _, path = config.name.partition(":")
     if config.name == "digits":
-        images = _read_digits()
-    elif kind == "parquet" and path:
-        images = _read_parquet(Path(path).expanduser(), config)
-    else:
-        raise ValueError(f"data.name must be digits or parquet:PATH, but got {config.name!r}")
-    return images
+        return datasets.Source([], datasets.digits, config.image_size)
+    if config.name in published.PUBLISHED:
+        return published.find(config)
+    if kind == "parquet" and path:
+        return datasets.parquet(Path(path).expanduser(), config)
+    if kind == "folder" and path:
+        return datasets.folder(Path(path).expanduser(), config)
+    names = ", ".join(("digits", *published.PUBLISHED))
+    raise ValueError(f"data.name must be one of {names}, parquet:PATH or folder:PATH, but got {config.name!r}")
 
 
-def _read_digits() -> Images:
-    from sklearn.datasets import load_digits
+def _rest(splits: Splits) -> Images:
+    config, train = splits.config, splits.train
+    if not splits.meta["rest"]:
+        return Images(train.pixels[:0], None if train.labels is None else train.labels[:0])
+    source = _find(config)
+    if _entry_name(config, source) != splits.entry:
+        # What is left over by the files of now may be held out by those of then.
+        raise ValueError(f"data.name: the files of {config.name} changed while they were in use; start again")
 
-    bunch = load_digits()
-    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # the files' values are 0..16
-    return Images(pixels, bunch.target.astype(np.int64))
+    def make(folder: Path) -> dict[str, Any]:
+        listing = datasets.listing(source, config)
+        _, _, rest = _choose(config, listing)
+        return decode_all(folder, source, listing, {"rest": rest}, config, like=train.pixels.shape[1:])
+
+    _, arrays = data_cache.entry(f"{splits.entry}-rest", make)
+    return _images(arrays, "rest")
 
 
-def _read_parquet(path: Path, config: DataConfig) -> Images:
-    import pyarrow.parquet as pq
+def _images(arrays: dict[str, np.ndarray], split: str) -> Images:
+    return Images(arrays[split], arrays.get(f"{split}-labels"))
 
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files or not path.exists():
-        raise FileNotFoundError(
-            f"data.name: no Parquet file at {path}; give parquet:PATH of a file or of a folder of files"
-        )
-    pixels: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    for file in files:
-        names = pq.read_schema(file).names
-        if config.image_column not in names:
-            raise ValueError(f"data.image_column={config.image_column!r} is not in {file}; its columns are {names}")
-        table = pq.read_table(file, columns=[c for c in (config.image_column, config.label_column) if c in names])
-        for row in table[config.image_column].to_pylist():
-            pixels.append(_decode(row["bytes"] if isinstance(row, dict) else row, config.image_size))
-        if config.label_column in names:
-            labels.append(table[config.label_column].to_numpy().astype(np.int64))
-    shapes = {image.shape for image in pixels}
-    if len(shapes) > 1:
+
+def _entry_name(config: DataConfig, source: datasets.Source) -> str:
+    """By the settings that pixels and splits depend on, and the files' places, sizes and times."""
+    settings = config.model_dump(exclude={"root", "download", "horizontal_flip"})
+    stats = [file.stat() for file in source.files]
+    files = [
+        (str(file.absolute()), stat.st_size, stat.st_mtime_ns) for file, stat in zip(source.files, stats, strict=True)
+    ]
+    return _hash(CACHE_VERSION, settings, files)[:32]
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _choose(config: DataConfig, listing: datasets.Listing) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ascending indices of train, held_out and rest."""
+    count, labels = listing.count, listing.labels
+    subset, rest = np.arange(count), np.arange(0)
+    if config.subset is not None and config.subset > count:
+        raise ValueError(f"data.subset must be at most the data set's {count} images, but got {config.subset}")
+    if config.subset is not None and config.subset < count:
+        subset, rest = split(labels, count, config.subset, config.seed)
+    training = round(config.train_fraction * len(subset))
+    if not 0 < training < len(subset):
         raise ValueError(
-            f"data.image_size must be given, since {path} holds images of several shapes, such as {sorted(shapes)[:3]}"
+            f"data.train_fraction must leave at least one image to train on and one held out, but of {len(subset)} "
+            f"images {config.train_fraction} gives {training} to train on"
         )
-    return Images(np.stack(pixels), np.concatenate(labels) if len(labels) == len(files) else None)
+    train, held_out = split(None if labels is None else labels[subset], len(subset), training, config.seed)
+    return subset[train], subset[held_out], rest
 
 
-def _decode(content: bytes, image_size: int | None) -> np.ndarray:
-    """Encoded image → (H, W, C) uint8, one channel or three; resized so that the short side fits, then cropped."""
-    from PIL import Image, ImageOps
+def split(labels: np.ndarray | None, total: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ascending indices of `count` of `total` images and of the others, drawn by seed.
 
-    with Image.open(io.BytesIO(content)) as file:
-        image = file.convert("L" if file.mode in ("1", "L", "I", "F", "I;16") else "RGB")
-        if image_size is not None and image.size != (image_size, image_size):
-            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.LANCZOS)
-        pixels = np.asarray(image, dtype=np.uint8)
-    return pixels if pixels.ndim == 3 else pixels[..., None]
-
-
-def _split(labels: np.ndarray | None, total: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of `count` images and of the others; each class keeps its share where there are labels."""
+    Where there are labels, each class keeps its share within one image (largest remainders, ties drawn).
+    """
     rng = np.random.default_rng([seed, total, count])
     order = rng.permutation(total)
-    if labels is not None:
-        # Every image's place within its class, as a fraction: taking the lowest fractions takes every class evenly.
-        place = np.empty(total)
-        for label in np.unique(labels):
-            members = order[labels[order] == label]
-            place[members] = (np.arange(len(members)) + rng.random()) / len(members)
-        order = np.argsort(place, kind="stable")
-    return np.sort(order[:count]), np.sort(order[count:])
+    if labels is None:
+        return np.sort(order[:count]), np.sort(order[count:])
+    classes, sizes = np.unique(labels, return_counts=True)
+    share = sizes * count  # in units of 1/total: integers, so that no rounding decides
+    quotas = share // total
+    remainders = share % total
+    first = np.lexsort((rng.random(len(classes)), -remainders))
+    quotas[first[: count - quotas.sum()]] += 1
+    ordered = labels[order]
+    chosen = np.concatenate([order[ordered == label][:quota] for label, quota in zip(classes, quotas, strict=True)])
+    others = np.ones(total, dtype=bool)
+    others[chosen] = False
+    return np.sort(chosen), np.flatnonzero(others)
 
 
 def epoch_end(epoch: int, num_images: int, batch_size: int) -> int:
@@ -143,12 +194,16 @@ def epoch_end(epoch: int, num_images: int, batch_size: int) -> int:
 
 
 @lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, num_images: int) -> torch.Tensor:
+def _permutation(seed: int, epoch: int, num_images: int) -> "torch.Tensor":
+    import torch
+
     return torch.from_numpy(np.random.default_rng([seed, epoch]).permutation(num_images))
 
 
-def batch_indices(seed: int, step: int, num_images: int, batch_size: int) -> torch.Tensor:
+def batch_indices(seed: int, step: int, num_images: int, batch_size: int) -> "torch.Tensor":
     """(batch_size,) int64: the images of step `step`, counted from 0, whatever the number of workers."""
+    import torch
+
     first, parts = step * batch_size, []
     while batch_size > 0:
         epoch, offset = divmod(first, num_images)
@@ -158,7 +213,7 @@ def batch_indices(seed: int, step: int, num_images: int, batch_size: int) -> tor
     return torch.cat(parts)
 
 
-def to_model_range(pixels: torch.Tensor) -> torch.Tensor:
+def to_model_range(pixels: "torch.Tensor") -> "torch.Tensor":
     """(N, H, W, C) uint8 → (N, C, H, W) float32 in [-1, 1]."""
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
 

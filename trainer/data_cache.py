@@ -71,20 +71,25 @@ class RowsFile:
         header = {"descr": "|u1", "fortran_order": False, "shape": (self.rows, *self._row_shape)}
         np.lib.format.write_array_header_1_0(self._file, header)
 
-    def close(self) -> str:
-        """Returns the SHA-256 of the rows."""
+    def __enter__(self) -> "RowsFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def finish(self) -> str:
+        """Writes the number of rows to the disk with them. Returns the SHA-256 of the rows."""
         length = self._file.tell()
         self._file.seek(0)
         self._header()
         assert self.rows == 0 or length == self._file.tell() + self.rows * int(np.prod(self._row_shape))
         self._file.flush()
         os.fsync(self._file.fileno())  # a rename must not outlive the content through a power cut
-        self._file.close()
         return self._digest.hexdigest()
 
 
 def entry(name: str, make: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The arrays `name` of the cache, mapped read-only: what make(folder) left as .npy files there, and what it returned.
+    """An entry of the cache: what make(folder) returned, and the .npy files it left there, mapped read-only.
 
     One process of a node makes them and the others wait: decoding would otherwise take every core, N times over.
     Correctness does not depend on that lock: a folder is filled under another name and renamed, and where two are
@@ -94,6 +99,7 @@ def entry(name: str, make: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, 
     found = _read(folder)
     if found is not None:
         return found
+    _check_writable(folder.parent)
     with locked(folder.with_name(f".{name}.lock")) as alone:
         if alone:
             for left in folder.parent.glob(f".making-{name}-*"):
@@ -122,6 +128,17 @@ def entry(name: str, make: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, 
     if found is None:
         raise OSError(f"{folder} cannot be read back; set DDPM_SEARCH_CACHE to a folder on another disk")
     return found
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(
+            f"decoded images cannot be kept in {folder} ({error}); set the environment variable DDPM_SEARCH_CACHE to a "
+            "folder that can be written"
+        ) from error
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:

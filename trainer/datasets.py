@@ -1,4 +1,7 @@
-"""Where images come from: a data set's name → the files it lies in, its labels, and its images one after another."""
+"""Where images come from: digits, a folder or Parquet files → their places, their labels, and one image after another.
+
+The published data sets are in published.py.
+"""
 
 import glob
 import os
@@ -10,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from trainer.config import DataConfig
-from trainer.data_cache import cache_folder, locked
 from trainer.decode import Item
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -34,7 +36,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Source:
-    """`files` tell by their sizes and times whether images have changed; `listing` reads the labels, and may be slow."""
+    """`files` tell by size and time whether images have changed; `listing` reads the labels, and may be slow."""
 
     files: list[Path]
     listing: Callable[[], Listing]
@@ -42,93 +44,20 @@ class Source:
     crop_bottom: int = 0
 
 
-def find(config: DataConfig) -> Source:
-    """The source that config.name names. Raises ValueError or FileNotFoundError, saying what to do."""
-    kind, _, path = config.name.partition(":")
-    if config.name == "digits":
-        return Source([], _digits, config.image_size)
-    if config.name in PUBLISHED:
-        return _published(config, PUBLISHED[config.name])
-    if kind == "parquet" and path:
-        return _parquet(Path(path).expanduser(), config)
-    if kind == "folder" and path:
-        return _folder(Path(path).expanduser(), config)
-    names = ", ".join(("digits", *PUBLISHED))
-    raise ValueError(f"data.name must be one of {names}, parquet:PATH or folder:PATH, but got {config.name!r}")
+def listing(source: Source, config: DataConfig) -> Listing:
+    """The source's listing, without its labels where they are not wanted or all say the same."""
+    found = source.listing()
+    wanted = config.labels and found.labels is not None and (found.labels != found.labels[:1]).any()
+    return found if wanted else replace(found, labels=None)
 
 
-def _digits() -> Listing:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # the files' values are 0..16
-    return _of_arrays(pixels, bunch.target, "digits")
-
-
-def _of_arrays(pixels: np.ndarray, labels: Any, name: str) -> Listing:
+def of_arrays(pixels: np.ndarray, labels: Any, name: str) -> Listing:
     return Listing(
         len(pixels), np.asarray(labels, dtype=np.int64), lambda index: (pixels[i] for i in index), f"{name} {{}}".format
     )
 
 
-# The published data sets, read by torchvision
-
-
-@dataclass(frozen=True)
-class Published:
-    """`needs`: what must lie in the root; `fetch`: where to get it by hand; `open(root, download)`."""
-
-    needs: tuple[str, ...]
-    fetch: str
-    open: Callable[[Path, bool], Listing]
-    image_size: int | None = None
-    crop_bottom: int = 0
-
-
-def _published(config: DataConfig, published: Published) -> Source:
-    root = Path(config.root).expanduser() if config.root else cache_folder() / "data"
-    files = [root / name for name in published.needs]
-
-    def absent() -> Path | None:
-        return next((file for file in files if not file.exists()), None)
-
-    def open_(download: bool) -> Listing:
-        try:
-            return published.open(root, download)
-        except (RuntimeError, ImportError, OSError, ValueError, EOFError) as error:
-            why = f"({type(error).__name__}: {error})"
-            if download:
-                raise ConnectionError(
-                    f"data.download: {config.name} could not be fetched {why}; "
-                    f"get it from {published.fetch}, so that {files[0]} is there"
-                ) from error
-            raise ValueError(
-                f"data.name: {config.name} in {root} is cut, or not as published {why}; "
-                f"delete {files[0].parent} and set data.download to true, or get it again from {published.fetch}"
-            ) from error
-
-    if absent() and config.download:
-        with locked(root / ".downloading"):  # processes that start at once would write over each other's files
-            if absent():
-                open_(download=True)
-    if missing := absent():
-        raise FileNotFoundError(
-            f"data.name: {config.name} is not at data.root={root}: there is no {missing}; set data.download to true, "
-            f"or get it from {published.fetch}, or set data.root to the folder that has it"
-        )
-    image_size = config.image_size or published.image_size
-
-    def listing() -> Listing:
-        found = open_(download=False)
-        if config.name == "mnist" and image_size == 32:
-            # 28 does not halve four times; a border of two black pixels keeps every pixel as it is.
-            return replace(found, read=lambda index: (np.pad(item, 2) for item in found.read(index)))
-        return found
-
-    return Source(files, listing, image_size, published.crop_bottom)
-
-
-def _of_files(files: list[Path], labels: list[int] | np.ndarray | None) -> Listing:
+def of_files(files: list[Path], labels: list[int] | np.ndarray | None) -> Listing:
     return Listing(
         len(files),
         None if labels is None else np.asarray(labels, dtype=np.int64),
@@ -137,88 +66,15 @@ def _of_files(files: list[Path], labels: list[int] | np.ndarray | None) -> Listi
     )
 
 
-def _cifar10(root: Path, download: bool) -> Listing:
-    from torchvision.datasets import CIFAR10
+def digits() -> Listing:
+    from sklearn.datasets import load_digits
 
-    found = CIFAR10(str(root), train=True, download=download)
-    return _of_arrays(found.data, found.targets, "cifar10 train image")
-
-
-def _mnist(root: Path, download: bool) -> Listing:
-    from torchvision.datasets import MNIST
-
-    found = MNIST(str(root), train=True, download=download)
-    return _of_arrays(found.data.numpy(), found.targets.numpy(), "mnist train image")
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # the files' values are 0..16
+    return of_arrays(pixels, bunch.target, "digits")
 
 
-def _aircraft(root: Path, download: bool) -> Listing:
-    from torchvision.datasets import FGVCAircraft
-
-    found = FGVCAircraft(str(root), split="trainval", download=download, loader=Path)
-    files, labels = zip(*(found[i] for i in range(len(found))), strict=True)
-    return _of_files(list(files), list(labels))
-
-
-def _flowers102(root: Path, download: bool) -> Listing:
-    from torchvision.datasets import Flowers102
-
-    parts = [Flowers102(str(root), split=split, download=download, loader=Path) for split in ("train", "val")]
-    files, labels = zip(*(part[i] for part in parts for i in range(len(part))), strict=True)
-    return _of_files(list(files), list(labels))
-
-
-def _celeba(root: Path, download: bool) -> Listing:
-    """Without labels: the 40 attributes are not classes."""
-    from torchvision.datasets import CelebA
-
-    parts = [CelebA(str(root), split=split, download=download) for split in ("train", "valid")]
-    images = root / "celeba" / "img_align_celeba"
-    return _of_files([images / name for part in parts for name in part.filename], None)
-
-
-# All images but the published test split's: train, and val where there is one.
-PUBLISHED = {
-    "mnist": Published(
-        tuple(f"MNIST/raw/{part}-ubyte" for part in ("train-images-idx3", "train-labels-idx1"))
-        + tuple(f"MNIST/raw/{part}-ubyte" for part in ("t10k-images-idx3", "t10k-labels-idx1")),
-        "https://ossci-datasets.s3.amazonaws.com/mnist/ (four .gz files, unpacked)",
-        _mnist,
-        image_size=32,
-    ),
-    "cifar10": Published(
-        tuple(f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6))
-        + ("cifar-10-batches-py/test_batch", "cifar-10-batches-py/batches.meta"),
-        "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz (unpacked)",
-        _cifar10,
-    ),
-    "fgvc-aircraft": Published(
-        tuple(f"fgvc-aircraft-2013b/data/{name}" for name in ("images_variant_trainval.txt", "variants.txt", "images")),
-        "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz (unpacked)",
-        _aircraft,
-        image_size=64,
-        crop_bottom=20,  # a banner with the copyright; the data set's own README says to remove it
-    ),
-    "flowers102": Published(
-        ("flowers-102/imagelabels.mat", "flowers-102/setid.mat", "flowers-102/jpg"),
-        "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ (102flowers.tgz unpacked, imagelabels.mat, setid.mat)",
-        _flowers102,
-        image_size=128,
-    ),
-    "celeba": Published(
-        tuple(f"celeba/{name}.txt" for name in ("list_eval_partition", "list_attr_celeba", "identity_CelebA"))
-        + tuple(f"celeba/{name}" for name in ("list_bbox_celeba.txt", "list_landmarks_align_celeba.txt"))
-        + ("celeba/img_align_celeba",),
-        "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html (img_align_celeba.zip unpacked, and the five .txt files)",
-        _celeba,
-        image_size=64,
-    ),
-}
-
-
-# A user's own
-
-
-def _folder(root: Path, config: DataConfig) -> Source:
+def folder(root: Path, config: DataConfig) -> Source:
     if not root.is_dir():
         raise FileNotFoundError(f"data.name: there is no folder {root}; give folder:PATH of the folder with the images")
     files = sorted(_images_below(root))
@@ -231,10 +87,9 @@ def _folder(root: Path, config: DataConfig) -> Source:
             f"data.name: the sub-folders of {root} are splits ({', '.join(classes)}), not classes; "
             f"give one of them, such as folder:{root / classes[0]}, and data.train_fraction splits it"
         )
-    labels = None
-    if config.labels and len(classes) > 1 and None not in tops:
-        labels = [classes.index(top) for top in tops if top is not None]
-    return Source(files, lambda: _of_files(files, labels), config.image_size)
+    number = {name: i for i, name in enumerate(classes)}
+    labels = None if None in tops else [number[top] for top in tops if top is not None]
+    return Source(files, lambda: of_files(files, labels), config.image_size)
 
 
 def _images_below(root: Path) -> Iterator[Path]:
@@ -245,7 +100,7 @@ def _images_below(root: Path) -> Iterator[Path]:
                 yield Path(parent, name)
 
 
-def _parquet(path: Path, config: DataConfig) -> Source:
+def parquet(path: Path, config: DataConfig) -> Source:
     if path.is_dir():
         files = sorted(path.rglob("*.parquet"))
     elif path.exists():
@@ -327,7 +182,8 @@ def _image_column(file: Path, schema: Any, wanted: str | None) -> str:
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return name
     raise ValueError(
-        f"data.image_column={name!r} must hold encoded images (binary, or struct<bytes, path>), but in {file} it is {kind}"
+        f"data.image_column={name!r} must hold encoded images (binary, or struct<bytes, path>), "
+        f"but in {file} it is {kind}"
     )
 
 
@@ -341,7 +197,9 @@ def _classes(columns: list[Any], config: DataConfig) -> np.ndarray:
         if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise ValueError(f"{name} must hold integers or names, but holds {kind}; or set data.labels to false")
         if column.null_count:
-            raise ValueError(f"{name} is empty in {column.null_count} rows; leave them out, or set data.labels to false")
+            raise ValueError(
+                f"{name} is empty in {column.null_count} rows; leave them out, or set data.labels to false"
+            )
     values = np.concatenate([column.to_numpy() for column in columns])
     if values.dtype.kind == "i" and values.min(initial=0) < 0:
         raise ValueError(f"{name} must be at least 0, but got {values.min()}; or set data.labels to false")

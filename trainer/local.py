@@ -12,9 +12,9 @@ from trainer.storage import Storage
 KEPT_CHECKPOINTS = 2  # the one before is what is left where the newest is damaged
 
 
-def checkpoint_name(epoch: int) -> str:
-    """Named by its epoch: one that is trained again after a crash overwrites its own checkpoint."""
-    return f"checkpoint_{epoch:06d}"
+def checkpoint_name(metrics: loop.Metrics) -> str:
+    """Named by its step: one that is trained again after a crash overwrites its own checkpoint."""
+    return f"checkpoint_{metrics['step']:09d}"
 
 
 def fit(
@@ -28,11 +28,12 @@ def fit(
     rungs: Collection[int] = (),
     log: Callable[[loop.Metrics], None] = lambda metrics: None,
     report_seconds: float = 60.0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Trains from the newest whole checkpoint in `checkpoints`, or from the start, to the last epoch.
 
     report(metrics, checkpoint) comes after each checkpoint is on disk; where the last one was written but not
-    reported, it is reported first. Raises TrainingFailedError.
+    reported, it is reported first. Raises TrainingFailedError, and InterruptedTrainingError after stop().
     """
     found = checkpoint.latest(checkpoints)
     resume = found[1] if found else None
@@ -45,13 +46,14 @@ def fit(
         log(metrics)
 
     def save_and_report(metrics: loop.Metrics, save: loop.Save) -> None:
-        folder = checkpoints.at(checkpoint_name(metrics["epoch"]))
+        folder = checkpoints.at(checkpoint_name(metrics))
         save(folder)
         for name in checkpoint.names(checkpoints)[:-KEPT_CHECKPOINTS]:
             checkpoints.delete(name)
         report(metrics, folder)
 
-    loop.train(config, images, loop.Worker(device), save_and_report, resume, score, rungs, log_all, report_seconds)
+    worker = loop.Worker(device)
+    loop.train(config, images, worker, save_and_report, resume, score, rungs, log_all, report_seconds, stop)
 
 
 def default_device() -> torch.device:

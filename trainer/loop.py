@@ -3,48 +3,33 @@
 import functools
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from trainer import checkpoint, data, model, schedules
+from trainer import checkpoint, data
 from trainer.checkpoint import Checkpoint
 from trainer.config import TrainConfig
-from trainer.diffusion import Diffusion, epsilon_mse
-from trainer.ema import EMA
+from trainer.step import TrainingFailedError, TrainStep, Worker, WorkerFailedError
 from trainer.storage import Storage
 
 Metrics = dict[str, Any]
 Save = Callable[[Storage], None]
 
-
-class TrainingFailedError(Exception):
-    """Training cannot go on, for a reason that a retry would meet again. The message is that reason."""
+CHECK_STEPS = 50  # steps between two looks at the losses and the clock: the host waits for the device only there
 
 
-def failure_reason(error: Exception) -> str:
-    """An error as the trials table says it."""
-    return str(error) if isinstance(error, TrainingFailedError) else f"{type(error).__name__}: {error}"
+class InterruptedTrainingError(Exception):
+    """Stopped between two steps because it was asked to; a checkpoint of that moment was reported."""
 
 
 class Scorer(Protocol):
-    """Scores the EMA model at a rung: returns the metrics, `frechet`, `score` and `grid_loss` among them."""
+    """Scores an EMA model: the metrics, and under `objective` the one that is to be made small."""
 
     def __call__(self, denoiser: nn.Module, config: TrainConfig, device: torch.device) -> Metrics: ...
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One of the processes that train one model together."""
-
-    device: torch.device
-    rank: int = 0
-    world_size: int = 1
 
 
 def train(
@@ -57,121 +42,144 @@ def train(
     rungs: Collection[int] = (),
     log: Callable[[Metrics], None] = lambda metrics: None,
     report_seconds: float = 60.0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Trains one DDPM on `images` (the train split) from step 0, or on from `resume`.
 
-    report(metrics, save) is called on every rank, at the end of an epoch: at each of `rungs` (epochs, from 1), at the
-    last epoch, and where `report_seconds` have passed since the last. save(folder) writes a checkpoint of that moment.
-    At rungs and at the last epoch `score` is called on rank 0 and its metrics are reported. log(metrics) is called
-    on rank 0 at the end of every epoch. Raises TrainingFailedError on every rank where a loss is not finite.
+    report(metrics, save) is called on every rank: at each of `rungs` (epochs, from 1), at the last epoch, and between
+    two steps where `report_seconds` have passed since the last. save(folder) writes a checkpoint of that moment.
+    At rungs and at the last epoch `score` is called on rank 0; where there are several EMA decays, the last epoch
+    scores each and the best becomes the model. log(metrics) is called on rank 0 at the end of every epoch. Where
+    stop() becomes true (asked on rank 0, in a process of its own between any two steps), a checkpoint is reported.
+    Raises TrainingFailedError on every rank where a loss is not finite, and InterruptedTrainingError after stop().
     """
     num_images, device = len(images), worker.device
     if config.batch_size > num_images:
         raise TrainingFailedError(
-            f"batch_size must be at most the {num_images} training images, but got {config.batch_size}"
+            f"batch_size must be at most the number of training images, {num_images}, but is {config.batch_size}"
         )
 
-    # The model, its average and its optimiser, as new or as they were.
-    network = model.build(config.model, images.shape, config.dropout, config.seed).to(device).train()
-    ema = EMA(network, config.ema_decay)
-    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
-    step, epoch, worker_seconds = 0, 0, 0.0
+    # A training as new, or as it was.
+    advance = TrainStep(config, images, worker)
+    meta: dict[str, Any] = {"step": 0, "epoch": 0, "worker_seconds": 0.0, "ema_decay": config.ema_decays[0]}
+    losses = norms = torch.zeros(0)
     if resume is not None:
-        network.load_state_dict(resume.state["model"])
-        ema.model.load_state_dict(resume.state["ema"])
-        ema.updates = resume.meta["step"]
-        optimizer.load_state_dict(resume.state["optimizer"])
-        step, epoch, worker_seconds = resume.meta["step"], resume.meta["epoch"], resume.meta["worker_seconds"]
-    denoise = DistributedDataParallel(network) if worker.world_size > 1 else network
-
-    # The images stay on the device as uint8; every rank holds all of them, and takes its slice of each batch.
-    pixels = torch.from_numpy(images.pixels).to(device)
-    mine = slice(
-        worker.rank * config.batch_size // worker.world_size, (worker.rank + 1) * config.batch_size // worker.world_size
-    )
-    diffusion = Diffusion(schedules.betas(**config.schedule.model_dump()))
+        advance.load(resume.state, updates=resume.meta["step"])
+        meta = {name: resume.meta[name] for name in meta}
+        losses, norms = resume.state["losses"], resume.state["norms"]
+    meta |= {"image_shape": images.shape, "config": config.model_dump(mode="json")}
     reported_at = time.monotonic()
 
-    while epoch < config.epochs:
-        epoch += 1
-        epoch_began = time.monotonic()
+    def hand_over(metrics: Metrics) -> None:
+        nonlocal reported_at
+        reported_at = time.monotonic()
+        state = advance.state() | {"losses": losses.clone(), "norms": norms.clone()}
+        kept = {name: value for name, value in metrics.items() if name != "samples"}
+        report(metrics, functools.partial(checkpoint.save, state=state, meta={**meta, "metrics": kept}))
+
+    for epoch in range(meta["epoch"] + 1, config.epochs + 1):
         learning_rate = config.learning_rate * config.lr_decay ** ((epoch - 1) // config.lr_decay_epochs)
-        for group in optimizer.param_groups:
+        for group in advance.optimizer.param_groups:
             group["lr"] = learning_rate
-        first_step, last_step = step, data.epoch_end(epoch, num_images, config.batch_size)
-        losses = torch.zeros(last_step - first_step, device=device)
-        norms = torch.zeros(last_step - first_step, device=device)
+        began, first_step = time.monotonic(), meta["step"]
+        last_step = data.epoch_end(epoch, num_images, config.batch_size)
 
-        for step in range(first_step, last_step):
-            # Everything random in a step comes from (seed, step) for the whole batch: no rank or restart changes it.
-            index = data.batch_indices(config.seed, step, num_images, config.batch_size)
-            x_0 = data.to_model_range(pixels[index[mine].to(device)])
-            generator = torch.Generator(device).manual_seed(step_seed(config.seed, step))
-            t = torch.randint(config.schedule.steps, (config.batch_size,), generator=generator, device=device)[mine]
-            noise = torch.randn((config.batch_size, *images.shape), generator=generator, device=device)[mine]
-            if config.data.horizontal_flip:
-                flips = torch.rand(config.batch_size, generator=generator, device=device)[mine] < 0.5
-                x_0 = torch.where(flips[:, None, None, None], x_0.flip(3), x_0)
-            torch.manual_seed(step_seed(config.seed, step, 1 + worker.rank))  # dropout
+        # Some steps at a time: losses stay on the device, and the host runs ahead of it, until the next look.
+        while meta["step"] < last_step:
+            chunk_began = time.monotonic()
+            done = []
+            for step in range(meta["step"], min(meta["step"] + CHECK_STEPS, last_step)):
+                done.append(torch.stack(advance(step)))
+                asked = worker.rank == 0 and stop()
+                if asked and worker.world_size == 1:
+                    break
+            late = worker.rank == 0 and time.monotonic() - reported_at > report_seconds
+            due, stopped = _agree(done, [late, asked], worker)
+            values = torch.stack(done).cpu()
+            _refuse_non_finite(torch.cat([losses[-1:], values[:, 0]]).numpy(), meta["step"] + len(done), epoch)
+            losses, norms = torch.cat([losses, values[:, 0]]), torch.cat([norms, values[:, 1]])
+            meta["step"] += len(done)
+            meta["worker_seconds"] += (time.monotonic() - chunk_began) * worker.world_size
+            if meta["step"] < last_step and (due or stopped):
+                hand_over(_progress(meta, rung=False))
+            if stopped and meta["step"] < last_step:
+                raise InterruptedTrainingError
 
-            # The loss is the mean over the whole batch; DDP averages gradients over ranks, hence the world size.
-            predicted = denoise(diffusion.q_sample(x_0, t, noise), t).sample
-            loss = epsilon_mse(predicted, noise).sum() / config.batch_size
-            optimizer.zero_grad(set_to_none=True)
-            (loss * worker.world_size).backward()
-            norms[step - first_step] = nn.utils.clip_grad_norm_(network.parameters(), config.gradient_clip)
-            optimizer.step()
-            ema.update(network)
-            losses[step - first_step] = loss.detach()
-        step = last_step
-
-        # The end of an epoch: only here does the host wait for the device, and ranks talk of more than gradients.
+        # The end of an epoch: what was learned is logged, at rungs it is scored, and there it is reported.
+        seconds = time.monotonic() - began
+        meta["epoch"] = epoch
         at_rung = epoch in rungs or epoch == config.epochs
-        due = torch.tensor([float(time.monotonic() - reported_at > report_seconds and worker.rank == 0)], device=device)
-        if worker.world_size > 1:
-            dist.all_reduce(losses)
-            dist.all_reduce(due)
-        _refuse_non_finite(losses.cpu().numpy(), first_step, epoch)
-        seconds = time.monotonic() - epoch_began
-        metrics: Metrics = {
-            "epoch": epoch,
-            "step": step,
+        metrics = _progress(meta, rung=at_rung) | {
             "train_loss": losses.mean().item(),
             "learning_rate": learning_rate,
             "gradient_norm": norms.mean().item(),
-            "images_per_second": len(losses) * config.batch_size / seconds,
+            "images_per_second": (last_step - first_step) * config.batch_size / seconds,
             "epoch_seconds": seconds,
-            "ema_decay": ema.current_decay(),
-            "rung": at_rung,
+            "ema_decay": advance.emas[0].current_decay(),
         }
-        if at_rung and score is not None and worker.rank == 0:
-            metrics |= score(ema.model, config, device)
-        worker_seconds += (time.monotonic() - epoch_began) * worker.world_size
-        metrics["worker_seconds"] = worker_seconds
+        losses = norms = torch.zeros(0)
+        if at_rung and score is not None:
+            scoring_began = time.monotonic()
+            if worker.rank == 0:
+                metrics |= _score(score, advance, config, device, every_decay=epoch == config.epochs, meta=meta)
+            meta["worker_seconds"] += (time.monotonic() - scoring_began) * worker.world_size
+        metrics["worker_seconds"] = meta["worker_seconds"]
         if worker.rank == 0:
             log(metrics)
-        if at_rung or due.item():
-            reported_at = time.monotonic()
-            state = {"model": network.state_dict(), "ema": ema.model.state_dict(), "optimizer": optimizer.state_dict()}
-            meta = {
-                "step": step,
-                "epoch": epoch,
-                "worker_seconds": worker_seconds,
-                "image_shape": images.shape,
-                "config": config.model_dump(mode="json"),
-                "metrics": {name: value for name, value in metrics.items() if name != "samples"},
-            }
-            report(metrics, functools.partial(checkpoint.save, state=state, meta=meta))
+        if at_rung or due or stopped:
+            hand_over(metrics)
+        if stopped and epoch < config.epochs:
+            raise InterruptedTrainingError
 
 
-def step_seed(seed: int, step: int, stream: int = 0) -> int:
-    """A seed for one step, well mixed: neighbouring steps must not get neighbouring generator states."""
-    return int(np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0] >> 1)
+def failure_reason(error: Exception) -> str:
+    """An error as the trials table says it."""
+    ours = isinstance(error, TrainingFailedError | WorkerFailedError)
+    return str(error) if ours else f"{type(error).__name__}: {error}"
 
 
-def _refuse_non_finite(losses: np.ndarray, first_step: int, epoch: int) -> None:
+def _progress(meta: dict[str, Any], rung: bool) -> Metrics:
+    return {"rung": rung} | {name: meta[name] for name in ("epoch", "step", "worker_seconds")}
+
+
+def _agree(done: list[torch.Tensor], flags: list[bool], worker: Worker) -> list[bool]:
+    """Sums the ranks' shares of each step's loss into `done`, and tells all ranks what rank 0 wants."""
+    if worker.world_size == 1:
+        return flags
+    told = torch.tensor([float(flag) for flag in flags], device=worker.device)
+    shares = torch.stack([value[0] for value in done])
+    dist.all_reduce(shares)
+    dist.all_reduce(told)
+    for value, share in zip(done, shares, strict=True):
+        value[0] = share
+    return [flag > 0 for flag in told.tolist()]
+
+
+def _score(
+    score: Scorer,
+    advance: TrainStep,
+    config: TrainConfig,
+    device: torch.device,
+    every_decay: bool,
+    meta: dict[str, Any],
+) -> Metrics:
+    """The scores of the first EMA; with `every_decay`, of the best of all, whose decay goes into the checkpoint."""
+    emas = advance.emas if every_decay else advance.emas[:1]
+    scored = {ema.decay: score(ema.model, config, device) for ema in emas}
+    best = min(scored, key=lambda decay: scored[decay]["objective"])
+    meta["ema_decay"] = best
+    metrics = {name: value for name, value in scored[best].items() if name != "objective"}
+    if len(emas) > 1:
+        values = {str(decay): scored[decay]["objective"] for decay in scored}
+        metrics["ema_objectives"] = {decay: value if np.isfinite(value) else None for decay, value in values.items()}
+    return metrics
+
+
+def _refuse_non_finite(losses: np.ndarray, last_step: int, epoch: int) -> None:
+    """losses: of the steps up to `last_step`, counted from 1."""
     if np.isfinite(losses).all():
         return
     bad = int(np.argmax(~np.isfinite(losses)))
-    before = f"the last finite one was {losses[bad - 1]:.4g}" if bad else f"epoch {epoch} began with it"
-    raise TrainingFailedError(f"the loss is {losses[bad]} at step {first_step + bad + 1} (epoch {epoch}); {before}")
+    before = f"; the last finite one was {losses[bad - 1]:.4g}" if bad else ""
+    step = last_step - (len(losses) - 1 - bad)
+    raise TrainingFailedError(f"the loss is {losses[bad]} at step {step} (epoch {epoch}){before}")

@@ -34,8 +34,10 @@ def fit(
     """Trains in `config.workers` processes and returns the last reported metrics.
 
     Checkpoints go to RUN/train/<name>; the same name goes on from the newest whole one there. A worker that dies
-    is replaced, up to three times. Metrics hold `failure` where training cannot go on: see TrainingFailedError.
+    is replaced, up to three times; where its node is gone, the others go on if they are `config.min_workers`.
+    Metrics hold `failure` where training cannot go on: see TrainingFailedError.
     """
+    workers = config.workers if config.min_workers is None else (config.min_workers, config.workers)
     trainer = ray.train.torch.TorchTrainer(
         _train_on_worker,
         train_loop_config={
@@ -46,7 +48,8 @@ def fit(
             "rungs": sorted(rungs),
             "report_seconds": report_seconds,
         },
-        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=use_gpu, placement_strategy="PACK"),
+        torch_config=ray.train.torch.TorchConfig(timeout_s=config.hang_seconds),
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, placement_strategy="PACK"),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=run.at("train").root,
@@ -88,7 +91,7 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
             ray.train.report(
                 metrics,
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=checkpoint_name(metrics["epoch"]),
+                checkpoint_dir_name=checkpoint_name(metrics),
             )
 
     try:
@@ -104,9 +107,11 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
             log=log,
             report_seconds=setup["report_seconds"],
         )
-    except OSError:
-        raise  # the storage may be back when Ray Train has started the workers again
     except Exception as error:
-        # Reported, not raised: workers that are started again would meet the same loss, or the same error.
+        # What every rank meets, and would meet again, is reported. Anything else ends this worker: Ray Train then ends
+        # the others and starts all of them again, up to three times (a hung worker, a storage that is gone).
+        everywhere = isinstance(error, loop.TrainingFailedError)
+        if not everywhere and (worker.world_size > 1 or isinstance(error, OSError)):
+            raise
         traceback.print_exc()
         ray.train.report({"failure": loop.failure_reason(error), "rung": True})

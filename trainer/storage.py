@@ -38,7 +38,8 @@ class Storage:
 
     def at(self, *parts: str) -> "Storage":
         """A folder inside this one."""
-        return Storage("/".join((self.uri, *parts)))
+        address, question, options = self.uri.partition("?")  # s3://bucket/folder?endpoint_override=…
+        return Storage("/".join((address.rstrip("/"), *parts)) + question + options)
 
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root

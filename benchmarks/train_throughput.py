@@ -1,0 +1,247 @@
+"""Training speed of this loop beside (a) a loop as tutorials write it and (b) diffusers' own recipe, in one process.
+
+    python benchmarks/train_throughput.py parquet:/path/to/cifar10 [--rounds 5] [--steps 8]
+
+Same U-Net, same initial weights, same batch size, CIFAR-10 at 32x32. The three take turns, a few steps at a time, so
+that a machine that drifts drifts for all; medians and ratios of the rounds are printed and written to docs/results.
+First all three take 20 steps on the same images, timesteps and noise: their losses must agree.
+"""
+
+import argparse
+import io
+import resource
+import time
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from benchmarks.common import provenance, write
+from trainer import data, model, step
+from trainer.config import DataConfig, ModelConfig, TrainConfig
+
+BATCH, AGREEING_STEPS, LEARNING_RATE = 16, 20, 2e-4
+SMALL = ModelConfig(channels=(32, 64, 64, 64), attention=(False, True, True, True))  # 2.4M, for CPUs
+STUDY = ModelConfig()  # the original study's, 38.4M, for GPUs
+
+
+class EncodedImages(Dataset):
+    """Encoded bytes, decoded and transformed an image at a time: what a tutorial's Dataset does."""
+
+    def __init__(self, path: str, count: int):
+        from pathlib import Path
+
+        file = min(Path(path).glob("train-*.parquet")) if Path(path).is_dir() else Path(path)
+        self.rows = pq.read_table(file, columns=["img"])["img"].slice(0, count).to_pylist()
+        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.transform(Image.open(io.BytesIO(self.rows[index]["bytes"])).convert("RGB"))
+
+
+Batches = Callable[[int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # step → x_0, t, noise
+
+
+class Tutorial:
+    """(a) DataLoader with workers, fp32, NCHW, Adam, .item() every step, no EMA."""
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, device: torch.device):
+        self.device = device
+        self.network = model.build(config.model, (3, 32, 32), 0.0, config.seed).to(device).train()
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=LEARNING_RATE)
+        self.scheduler = DDPMScheduler(num_train_timesteps=1000)
+        workers = 4 if device.type == "cuda" else 0  # on two cores worker processes take time from the training
+        self.loader = DataLoader(dataset, BATCH, shuffle=True, drop_last=True, num_workers=workers)
+        self.endless = self._endless()
+
+    def _endless(self) -> Iterator[torch.Tensor]:
+        while True:
+            yield from self.loader
+
+    def step(self, fixed: Any = None) -> float:
+        if fixed is None:
+            x_0 = next(self.endless).to(self.device)
+            noise = torch.randn_like(x_0)
+            t = torch.randint(0, 1000, (len(x_0),), device=self.device)
+        else:
+            x_0, t, noise = fixed
+        predicted = self.network(self.scheduler.add_noise(x_0, noise, t), t).sample
+        loss = F.mse_loss(predicted, noise)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+
+class Recipe(Tutorial):
+    """(b) diffusers' unconditional training example: AMP where it helps, AdamW, gradient clipping, EMAModel."""
+
+    def __init__(self, config: TrainConfig, dataset: Dataset, device: torch.device):
+        super().__init__(config, dataset, device)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+        self.ema = EMAModel(self.network.parameters(), decay=0.9999, use_ema_warmup=True, power=0.75)
+
+    def step(self, fixed: Any = None) -> float:
+        if fixed is None:
+            x_0 = next(self.endless).to(self.device)
+            noise = torch.randn_like(x_0)
+            t = torch.randint(0, 1000, (len(x_0),), device=self.device)
+        else:
+            x_0, t, noise = fixed
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            predicted = self.network(self.scheduler.add_noise(x_0, noise, t), t).sample
+        loss = F.mse_loss(predicted.float(), noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.network.parameters())
+        return loss.detach().item()
+
+
+class Ours:
+    """This project's TrainStep, losses fetched once a round as its loop fetches them."""
+
+    def __init__(self, config: TrainConfig, images: data.Images, device: torch.device):
+        self.advance = step.TrainStep(config, images, step.Worker(device))
+        self.done = 0
+
+    def steps(self, count: int) -> list[float]:
+        losses = [self.advance(self.done + index)[0] for index in range(count)]
+        self.done += count
+        return torch.stack(losses).tolist()
+
+
+def agreeing_losses(config: TrainConfig, images: data.Images, dataset: Dataset, device: torch.device) -> dict[str, Any]:
+    """Losses of 20 steps on the same batches; (a) has no clipping, so nobody clips here."""
+    unclipped = config.model_copy(update={"gradient_clip": 1e9})
+    ours, tutorial = Ours(unclipped, images, device), Tutorial(unclipped, dataset, device)
+
+    def batch(number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        generator = torch.Generator(device).manual_seed(step.step_seed(config.seed, number))
+        t = torch.randint(1000, (BATCH,), generator=generator, device=device)
+        noise = torch.randn((BATCH, 3, 32, 32), generator=generator, device=device)
+        index = data.batch_indices(config.seed, number, len(images), BATCH)
+        return data.to_model_range(torch.from_numpy(images.pixels[index.numpy()])).to(device), t, noise
+
+    mine = ours.steps(AGREEING_STEPS)
+    theirs = [tutorial.step(batch(number)) for number in range(AGREEING_STEPS)]
+    recipe = Recipe(unclipped, dataset, device)
+    recipes = [recipe.step(batch(number)) for number in range(AGREEING_STEPS)]
+    worst = max(float(np.max(np.abs(np.array(mine) / np.array(other) - 1))) for other in (theirs, recipes))
+    return {"steps": AGREEING_STEPS, "largest_relative_difference": worst, "ours": mine, "tutorial": theirs}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("data", help="parquet:PATH of CIFAR-10")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--images", type=int, default=2000)
+    arguments = parser.parse_args()
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = TrainConfig(
+        data=DataConfig(name=arguments.data, subset=arguments.images, train_fraction=0.9),
+        model=STUDY if device.type == "cuda" else SMALL,
+        batch_size=BATCH,
+        learning_rate=LEARNING_RATE,
+        dropout=0.0,
+    )
+    images = data.load(config.data).train
+    dataset = EncodedImages(arguments.data.removeprefix("parquet:"), len(images))
+    agreement = agreeing_losses(config, images, dataset, device)
+
+    tutorial, recipe, ours = (
+        Tutorial(config, dataset, device),
+        Recipe(config, dataset, device),
+        Ours(config, images, device),
+    )
+    contenders: dict[str, Callable[[], Any]] = {
+        "ours": lambda: ours.steps(arguments.steps),
+        "tutorial": lambda: [tutorial.step() for _ in range(arguments.steps)],
+        "diffusers recipe": lambda: [recipe.step() for _ in range(arguments.steps)],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    memory: dict[str, float] = {}
+    for round_number in range(arguments.rounds + 1):
+        for name, work in contenders.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                memory[name] = torch.cuda.max_memory_allocated() / 2**20
+            if round_number:  # the first warms up
+                seconds[name].append(time.perf_counter() - began)
+
+    images_per_second = {name: arguments.steps * BATCH / median(times) for name, times in seconds.items()}
+    ratios = {
+        name: median(theirs / mine for theirs, mine in zip(seconds[name], seconds["ours"], strict=True))
+        for name in contenders
+        if name != "ours"
+    }
+    parameters = sum(p.numel() for p in ours.advance.network.parameters())
+    result = {
+        **provenance(config.seed),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "parameters": parameters,
+        "batch_size": BATCH,
+        "images_per_second": images_per_second,
+        "speed_ratio_to": ratios,
+        "round_seconds": seconds,
+        "agreement": agreement,
+        "peak_memory_mib": memory or {"whole process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024},
+    }
+    if device.type == "cuda":
+        result |= _utilisation(config, images_per_second["ours"])
+    write(f"train_throughput_{device.type}", result)
+
+    table = Table("", "images/s", "ours is faster by")
+    for name, speed in images_per_second.items():
+        table.add_row(name, f"{speed:.1f}", f"{ratios[name]:.2f}x" if name in ratios else "")
+    Console().print(table)
+    print(f"largest relative difference of {AGREEING_STEPS} losses: {agreement['largest_relative_difference']:.1e}")
+
+
+def _utilisation(config: TrainConfig, images_per_second: float) -> dict[str, float]:
+    """MFU: the step's floating-point operations a second over what a large bf16 product reaches on this card."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(5):
+        a @ b
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(50):
+        a @ b
+    torch.cuda.synchronize()
+    peak = 50 * 2 * size**3 / (time.perf_counter() - began)
+    network = model.build(config.model, (3, 32, 32), 0.0, 0).cuda()
+    with FlopCounterMode(display=False) as counter:
+        x_t = torch.randn(BATCH, 3, 32, 32, device="cuda")
+        network(x_t, torch.zeros(BATCH, dtype=torch.int64, device="cuda")).sample.sum().backward()
+    flops_per_image = counter.get_total_flops() / BATCH
+    return {"matmul_peak_flops": peak, "mfu": flops_per_image * images_per_second / peak}
+
+
+if __name__ == "__main__":
+    main()

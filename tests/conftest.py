@@ -1,0 +1,42 @@
+"""What several test files share."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from search.records import Records, Row
+from trainer.storage import Storage
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Records:
+    """The empty trials table of a new run."""
+    return Records(Storage(tmp_path / "run"))
+
+
+@pytest.fixture
+def row() -> Callable[..., Row]:
+    """row(trial, **changes): a row of the trials table."""
+
+    def make(trial: str = "t0000-cosine", **changes: Any) -> Row:
+        plain: dict[str, Any] = dict(
+            source="suggested", family="cosine", start=0.0, end=1.0, tau=1.0, learning_rate=1e-3, dropout=0.1, seed=0
+        )
+        return Row(trial=trial, **(plain | changes))
+
+    return make
+
+
+@pytest.fixture
+def rung() -> Callable[..., dict[str, Any]]:
+    """rung(epoch, frechet): the scores of a rung."""
+
+    def make(epoch: int, frechet: float | None = None, score: float | None = None, grid_loss: float | None = None):
+        return {"epoch": epoch, "frechet": frechet, "score": score, "grid_loss": grid_loss}
+
+    return make

@@ -1,0 +1,126 @@
+"""Configurations: what is shipped, what is refused, and how the refusal is put."""
+
+from pathlib import Path
+
+import pytest
+
+from search import config as configuration
+from search.config import CONFIGS, KNOWN_POINTS, Range, SearchConfig, UserError, load
+from trainer import schedules
+
+SHIPPED = sorted(CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_loads(path):
+    config = load(path.stem)
+    assert config.name == path.stem
+    assert load(str(path)) == config
+    for point in config.known_points:
+        schedules.check(point.family, point.start, point.end, point.tau, config.train.schedule.steps)
+    assert all(1 <= epoch < config.train.epochs for epoch in config.rung_epochs())
+
+
+def test_digits_is_shipped():
+    assert "digits" in [path.stem for path in SHIPPED]
+
+
+def test_a_config_written_out_is_read_back_the_same():
+    config = load("digits", ["train.learning_rate=3e-4", "space.dropout=0.1"])
+    assert SearchConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("train.epochz=7", ["unknown key 'train.epochz'", "7", "spelling"]),
+        ("train.epochs=ten", ["train.epochs", "integer", "'ten'"]),
+        ("train.epochs=0", ["train.epochs", "greater than or equal to 1", "got 0"]),
+        ("train.epochs.x=1", ["'epochs'", "no further settings"]),
+        ("train=3", ["train", "dictionary", "got 3"]),
+        ("train.schedule={family: sigmoid, start: 3, end: 3}", ["start < ", "start=3.0, end=3.0", "use start=0, end=3"]),
+        ("known_points+={family: sigmoid, start: 3, end: 3}", ["known_points.5", "start=3.0", "use start=0, end=3"]),
+        ("space.families={sigmoid: {start: 3, end: 3}}", ["start=3.0, end=3.0", "use start=0, end=3"]),
+        ("space.families={linear: {start: 1e-4, end: 0.02, tau: 2}}", ["linear.tau", "left out", "got 2"]),
+        ("space.families={}", ["space.families", "at least 1"]),
+        ("space.families={quadratic: {start: 0, end: 1}}", ["space.families.quadratic", "'linear', 'polynomial'"]),
+        ("space.dropout={low: 1, high: 0}", ["space.dropout: low < high", "low=1.0, high=0.0", "single number"]),
+        ("space.learning_rate={low: 0, high: 1, log: true}", ["space.learning_rate: log needs low > 0", "low=0.0"]),
+        ("space.dropout={low: 0}", ["space.dropout.high", "required"]),
+        ("space.dropout=abc", ["space.dropout: must be a number, or a range {low: …, high: …", "got 'abc'"]),
+        ("early_stopping.rungs=[0.5, 1.0]", ["early_stopping.rungs", "between 0 and 1", "[0.5, 1.0]"]),
+        ("early_stopping.rungs=[0.5, 0.25]", ["early_stopping.rungs", "rising", "[0.5, 0.25]"]),
+        ("early_stopping.reduction=1", ["early_stopping.reduction", "greater than 1", "got 1"]),
+        ("early_stopping.metric=fid", ["early_stopping.metric", "'frechet'", "got 'fid'"]),
+        ("train.workers=2", ["runner: reuse", "train.workers is 2", "use runner: train"]),
+        ("train.learning_rate=.nan", ["train.learning_rate", "finite", "got nan"]),
+        ("epochs", ["--set", "a.b=value", "'epochs'"]),
+        ("=1", ["--set", "a.b=value", "'=1'"]),
+        ("train..epochs=1", ["--set", "a.b=value", "'train..epochs=1'"]),
+        ("train.epochs=[1", ["--set train.epochs=[1", "not valid YAML"]),
+        ("early_stopping+=3", ["'early_stopping'", "no list", "use early_stopping=…"]),
+    ],
+)
+def test_a_refusal_says_what_which_value_and_what_to_do(override, parts):
+    with pytest.raises(UserError) as refused:
+        load("digits", [override])
+    message = str(refused.value)
+    assert [part for part in parts if part not in message] == [], message
+    assert "float" not in message.replace("float32", "")  # no inner names of pydantic's
+    assert "function-after" not in message
+
+
+def test_an_override_sets_what_the_yaml_leaves_out():
+    config = load("digits", ["train.data.train_fraction=0.5", "space.dropout=0.2", "trials=3"])
+    assert (config.train.data.train_fraction, config.space.dropout, config.trials) == (0.5, 0.2, 3)
+    assert config.train.batch_size == load("digits").train.batch_size
+
+
+def test_a_number_that_yaml_1_1_reads_as_text_is_a_number():
+    config = load("digits", ["train.learning_rate=1e-4", "space.learning_rate={low: 1e-5, high: 1e-3, log: true}"])
+    assert config.train.learning_rate == 1e-4
+    assert config.space.learning_rate == Range(low=1e-5, high=1e-3, log=True)
+
+
+def test_appending_adds_to_the_default_list():
+    config = load("digits", ["known_points+={family: cosine, start: 0.1, end: 1}", "early_stopping.rungs+=0.5"])
+    assert config.known_points[:-1] == KNOWN_POINTS
+    assert config.known_points[-1].start == 0.1
+    assert config.early_stopping.rungs == (1 / 9, 1 / 3, 0.5)
+    twice = load("digits", ["known_points=[]", *2 * ["known_points+={family: cosine, start: 0.1, end: 1}"]])
+    assert len(twice.known_points) == 2
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../x", "a/b", "/tmp/x", ".hidden", "-x", "a b", "a\n", "", "x" * 65])
+def test_a_name_that_could_leave_its_folder_is_refused(name):
+    with pytest.raises(UserError, match="name"):
+        configuration.parse({"name": name}, "here")
+
+
+@pytest.mark.parametrize("name", ["nothing", "no/such.yaml", "~nobody-here/x.yaml", "x" * 5000, "digits.yml", "."])
+def test_a_missing_file_names_the_shipped_configs(name):
+    with pytest.raises(UserError, match="shipped name: .*digits"):
+        load(name)
+
+
+@pytest.mark.parametrize("text", ["- 1", "a: [", "just text", "\x00"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"mine\.yaml"):
+        load(str(file))
+
+
+def test_a_file_is_named_by_its_stem_and_an_empty_one_is_all_defaults(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("")
+    assert load(str(file)) == SearchConfig(name="mine")
+
+
+def test_rungs_are_epochs_strictly_below_the_last():
+    def rungs(epochs: int) -> list[int]:
+        return load("digits", [f"train.epochs={epochs}"]).rung_epochs()
+
+    assert rungs(90) == [10, 30]
+    assert rungs(3) == [1]  # 1/9 and 1/3 meet there
+    assert rungs(1) == []

@@ -1,0 +1,138 @@
+"""Ray Train around the loop, through what can happen to its workers: real processes, stopped and killed."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from cluster.connect import ENVIRONMENT
+from trainer import checkpoint, data, local, ray_worker
+from trainer.config import DataConfig, ModelConfig, TrainConfig
+from trainer.storage import Storage
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+CONFIG = TrainConfig(
+    data=DataConfig(subset=64, train_fraction=0.5),
+    model=ModelConfig(
+        channels=(4, 8), attention=(False, True), layers_per_block=1, attention_head_dim=8, norm_groups=2
+    ),
+    epochs=6,
+    batch_size=8,
+    dropout=0.0,
+    ema_decays=(0.9,),
+    workers=2,
+)
+RUNGS = (1, 2, 3, 4, 5)
+
+
+class Probe:
+    """A scorer that notes who scored, and at the third rung of its first life waits to be stopped or killed."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self, denoiser: Any, config: TrainConfig, device: torch.device) -> dict[str, Any]:
+        with (self.folder / "scored").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        lives = (self.folder / "scored").read_text().split()
+        if len(lives) == 3 and len(set(lives)) == 1:
+            time.sleep(120)  # ended by the test long before
+        return {"frechet": 1.0, "objective": 1.0}
+
+    def pids(self) -> list[int]:
+        file = self.folder / "scored"
+        return [int(line) for line in file.read_text().split()] if file.exists() else []
+
+
+@pytest.fixture
+def cluster(tmp_path_factory, monkeypatch):
+    """A head without workers and two nodes of one worker each."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path_factory.mktemp("r")))
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 * 2**20})
+    nodes = [made.add_node(num_cpus=1, object_store_memory=100 * 2**20) for _ in range(2)]
+    ray.init(address=made.address, log_to_driver=False)
+    yield made, nodes
+    ray.shutdown()
+    made.shutdown()
+
+
+@ray.remote(num_cpus=0)
+def train_in_a_task(config: dict[str, Any], run: str, probe: Probe) -> dict[str, Any]:
+    return ray_worker.fit(TrainConfig.model_validate(config), "trial", Storage(run), score=probe, rungs=RUNGS)
+
+
+def uninterrupted(tmp_path: Path) -> dict[int, float]:
+    """Train loss by epoch of one process that nothing happens to."""
+    losses: dict[int, float] = {}
+    alone = CONFIG.model_copy(update={"workers": 1})
+    torch.set_num_threads(1)
+    local.fit(
+        alone,
+        data.load(alone.data).train,
+        Storage(tmp_path / "alone"),
+        Storage(tmp_path / "alone"),
+        torch.device("cpu"),
+        report=lambda metrics, folder: None,
+        log=lambda metrics: losses.__setitem__(metrics["epoch"], metrics["train_loss"]),
+    )
+    return losses
+
+
+def wait_until(condition, seconds: float, what: str) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"no {what} within {seconds} s"
+        time.sleep(0.2)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+    return "State:\tZ" not in status
+
+
+def final_loss(run: Storage) -> float:
+    found = checkpoint.latest(run.at("train", "trial"))
+    assert found is not None
+    assert found[1].meta["epoch"] == CONFIG.epochs
+    return found[1].meta["metrics"]["train_loss"]
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_a_worker_that_dies_or_hangs_is_replaced_and_the_curve_goes_on(cluster, tmp_path, sign):
+    """A hung one is noticed by the others' timeout; then all end and start again from the last checkpoint."""
+    probe, run = Probe(tmp_path), Storage(tmp_path / "run")
+    config = CONFIG.model_copy(update={"hang_seconds": 10})
+    training = train_in_a_task.remote(config.model_dump(mode="json"), run.uri, probe)
+    wait_until(lambda: len(probe.pids()) == 3, 90, "third rung")
+    victim = probe.pids()[0]
+    os.kill(victim, sign)
+    metrics = ray.get(training, timeout=200)
+    assert metrics["epoch"] == CONFIG.epochs
+    assert victim not in probe.pids()[3:]
+    assert len(probe.pids()) <= 3 + 4, "more than one epoch was trained twice"
+    assert not is_alive(victim)
+    assert final_loss(run) == pytest.approx(uninterrupted(tmp_path)[CONFIG.epochs], rel=1e-4)
+
+
+def test_a_trial_that_loses_a_node_goes_on_with_fewer_workers(cluster, tmp_path):
+    made, nodes = cluster
+    probe, run = Probe(tmp_path), Storage(tmp_path / "run")
+    config = CONFIG.model_copy(update={"min_workers": 1, "workers": 3})
+    training = train_in_a_task.remote(config.model_dump(mode="json"), run.uri, probe)
+    wait_until(lambda: len(probe.pids()) == 3, 120, "third rung")
+    made.remove_node(nodes[1])
+    metrics = ray.get(training, timeout=200)
+    assert metrics["epoch"] == CONFIG.epochs
+    assert final_loss(run) == pytest.approx(uninterrupted(tmp_path)[CONFIG.epochs], rel=1e-4)

@@ -1,0 +1,275 @@
+"""What Optuna is told, and that a search rebuilt from its record is the search it was."""
+
+import math
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from ray.tune.search.optuna import OptunaSearch
+
+from search import searcher, space
+from search.config import KnownPoint, SearchConfig, UserError, load
+from search.records import Records
+from search.searcher import HonestOptunaSearch
+from trainer.config import TrainConfig
+from trainer.storage import Storage
+
+CONFIG = load("digits")
+SCREENED = KnownPoint(family="linear", start=1e-4, end=0.001)  # leaves 0.62 bits a dimension in x_T
+OUTSIDE = KnownPoint(family="cosine", start=0.5, end=1)  # the space has start <= 0.3
+INSIDE = KnownPoint(family="cosine", start=0.2, end=1)
+EPOCHS = CONFIG.train.epochs
+
+
+@pytest.fixture
+def records(tmp_path):
+    return Records(Storage(tmp_path / "run"))
+
+
+def make(records: Records, known=(), metric="frechet", storage=None, **changes: Any) -> HonestOptunaSearch:
+    config = CONFIG.model_copy(update={"known_points": tuple(known), **changes})
+    return HonestOptunaSearch(SearchConfig.model_validate(config.model_dump()), metric, records, storage)
+
+
+def suggest(search: HonestOptunaSearch, trial_id: str) -> str:
+    """The key of the row that the next trial trains."""
+    config = search.suggest(trial_id)
+    assert config is not None
+    TrainConfig.model_validate(config["train"])
+    return config["trial"]
+
+
+def finish(search: HonestOptunaSearch, trial_id: str, state: str, *values: float | None, error: bool = False) -> None:
+    """Reports values at epochs 5, 15 and the last, as the scheduler notes them, and ends the trial."""
+    key = search._keys[trial_id]
+    epochs = [5, 15, EPOCHS][: len(values)] if state != "completed" else [5, 15, EPOCHS][-len(values) :]
+    for epoch, value in zip(epochs, values, strict=True):
+        report = {"epoch": epoch, "rung": True, "frechet": value, "score": value, "worker_seconds": 1.0}
+        search.records.report(key, report, None)
+    if state != "running":
+        search.records.update(key, state=state)
+    search.on_trial_complete(trial_id, error=error)
+
+
+def told(search: HonestOptunaSearch) -> list[optuna.trial.FrozenTrial]:
+    return search._ot_study.get_trials(deepcopy=False)
+
+
+def summary(study: optuna.Study) -> list[tuple[Any, ...]]:
+    """What TPE learns from, in an order of its own."""
+    return sorted(
+        (sorted(trial.params.items(), key=str), trial.state.name, str(trial.value), sorted(trial.intermediate_values.items()))
+        for trial in study.get_trials() if trial.state.is_finished()
+    )  # fmt: skip
+
+
+def test_known_points_come_first_and_in_order(records):
+    search = make(records, CONFIG.known_points)
+    for index, point in enumerate(CONFIG.known_points):
+        row = records[suggest(search, f"id{index}")]
+        assert (row.source, row.family, row.start, row.end, row.tau) == (
+            "known", point.family, point.start, point.end, point.tau,
+        )  # fmt: skip
+        assert (row.learning_rate, row.dropout) == (CONFIG.train.learning_rate, CONFIG.train.dropout)
+    assert records[suggest(search, "next")].source == "suggested"
+
+
+def test_a_row_is_on_record_before_its_trial_starts(records):
+    search = make(records)
+    key = suggest(search, "id0")
+    row = Records.load(records.run)[key]
+    config = search.config
+    assert row.state == "running"
+    assert told(search)[0].params.items() <= space.params_of(row.params()).items()
+    assert space.contains(config, space.params_of(row.params()))
+
+
+def test_a_known_point_that_fails_the_screen_costs_nothing_and_the_next_one_comes(records):
+    search = make(records, [SCREENED, INSIDE])
+    key = suggest(search, "id0")
+    screened, started = records
+    assert (screened.state, screened.epoch, screened.worker_seconds) == ("screened", 0, 0.0)
+    assert "prior KL must be below 0.01" in str(screened.reason)
+    assert "0.62" in str(screened.reason)
+    assert (started.trial, started.start, started.state) == (key, 0.2, "running")
+
+
+def test_degenerate_suggestions_are_recorded_with_their_reason_and_never_started(records):
+    wide = {"sigmoid": {"start": {"low": -3, "high": 3}, "end": {"low": -3, "high": 3}}}
+    search = make(records, space={"families": wide})
+    started = {suggest(search, f"id{index}") for index in range(6)}
+    screened = [row for row in records if row.state == "screened"]
+    assert started == {row.trial for row in records if row.state == "running"}
+    assert any("schedule.start < schedule.end must hold" in str(row.reason) for row in screened)
+    assert all(row.start < row.end for row in records if row.state == "running")
+    pruned = [trial for trial in told(search) if trial.state == TrialState.PRUNED]
+    assert len(pruned) == len(screened)
+    assert all(trial.value is None and not trial.intermediate_values for trial in pruned)
+
+
+def test_a_space_that_holds_nothing_worth_training_is_the_user_s_error(records, monkeypatch):
+    monkeypatch.setattr(searcher, "MAX_SCREENED_IN_A_ROW", 3)
+    weak = {"linear": {"start": {"low": 1e-5, "high": 2e-5}, "end": {"low": 3e-5, "high": 4e-5}}}
+    search = make(records, space={"families": weak})
+    with pytest.raises(UserError, match=r"3 configurations in a row.*prior KL.*narrow space\.families"):
+        search.suggest("id0")
+    assert [row.state for row in records] == 3 * ["screened"]
+
+
+def test_a_stopped_trial_is_pruned_with_every_rung_the_deciding_one_included(records):
+    search = make(records)
+    suggest(search, "id0")
+    finish(search, "id0", "stopped", 9.0, 8.0)
+    (trial,) = told(search)
+    assert (trial.state, trial.intermediate_values) == (TrialState.PRUNED, {5: 9.0, 15: 8.0})
+
+
+def test_a_completed_trial_is_complete_with_its_last_value(records):
+    search = make(records)
+    suggest(search, "id0")
+    finish(search, "id0", "completed", 9.0, 3.0, 4.0)
+    (trial,) = told(search)
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, 4.0)
+    assert trial.intermediate_values == {5: 9.0, 15: 3.0, EPOCHS: 4.0}
+
+
+def test_a_failed_trial_is_failed(records):
+    search = make(records)
+    suggest(search, "id0")
+    finish(search, "id0", "failed", 9.0)
+    suggest(search, "id1")
+    finish(search, "id1", "running", error=True)  # Tune gave up on its process
+    assert [trial.state for trial in told(search)] == 2 * [TrialState.FAIL]
+    assert [row.state for row in records] == 2 * ["failed"]
+
+
+def test_a_trial_that_an_interrupt_ended_is_not_told_and_stays_running(records):
+    search = make(records)
+    suggest(search, "id0")
+    finish(search, "id0", "running", 9.0)
+    assert told(search)[0].state == TrialState.RUNNING
+    assert Records.load(records.run)["t0000-" + next(iter(records)).family].state == "running"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+@pytest.mark.parametrize("state", ["completed", "stopped"])
+def test_a_trial_without_a_finite_value_is_told_no_value_and_does_not_stay_running(records, state, value):
+    search = make(records)
+    suggest(search, "id0")
+    finish(search, "id0", state, value)
+    (trial,) = told(search)
+    assert trial.state == (TrialState.FAIL if state == "completed" else TrialState.PRUNED)
+    assert not trial.intermediate_values
+    assert summary(make(Records.load(records.run))._ot_study) == summary(search._ot_study)
+
+
+def test_an_early_value_is_not_taken_for_a_final_one_as_by_ray_s_own_search(records):
+    """A trial stopped at rung 5 with 3.0 beside a trained one with 4.0: Ray's search calls the stopped one the best."""
+    ours = make(records)
+    rays = OptunaSearch(space.define_by_run(CONFIG), metric="frechet", mode="min", seed=0)
+    for trial_id in ("trained", "stopped"):
+        suggest(ours, trial_id)
+        rays.suggest(trial_id)
+    rays.on_trial_complete("trained", {"frechet": 4.0, "training_iteration": 3})
+    rays.on_trial_complete("stopped", {"frechet": 3.0, "training_iteration": 1})  # as Tune does for an ASHA stop
+    finish(ours, "trained", "completed", 4.0)
+    finish(ours, "stopped", "stopped", 3.0)
+    assert [trial.state.name for trial in rays._ot_study.trials] == ["COMPLETE", "COMPLETE"]
+    assert rays._ot_study.best_value == 3.0
+    assert [trial.state.name for trial in told(ours)] == ["COMPLETE", "PRUNED"]
+    assert ours._ot_study.best_value == 4.0
+
+
+def test_a_score_is_made_large_and_a_distance_small(records, tmp_path):
+    assert make(records, metric="score")._ot_study.direction == optuna.study.StudyDirection.MAXIMIZE
+    other = Records(Storage(tmp_path / "other"))
+    assert make(other, metric="grid_loss")._ot_study.direction == optuna.study.StudyDirection.MINIMIZE
+
+
+@pytest.fixture
+def crashed(records):
+    """A search of known points, a screened and an outside one among them, that died with two trials running."""
+    search = make(records, [INSIDE, SCREENED, OUTSIDE, INSIDE.model_copy(update={"tau": 2.0})])
+    for index in range(7):
+        suggest(search, f"id{index}")
+    finish(search, "id0", "completed", 9.0, 5.0, 4.0)
+    finish(search, "id1", "stopped", 9.5)  # the one outside the space
+    finish(search, "id3", "stopped", 9.5, 9.0)
+    finish(search, "id4", "failed")
+    finish(search, "id5", "completed", 8.0, 5.0, math.nan)
+    return search  # id2 (known) and id6 were running
+
+
+def test_a_rebuilt_study_is_the_one_that_crashed(crashed):
+    rebuilt = make(Records.load(crashed.records.run), crashed.config.known_points)
+    finished = summary(crashed._ot_study)
+    assert summary(rebuilt._ot_study) == finished
+    assert [state for _, state, *_ in finished].count("COMPLETE") == 1
+    assert len(finished) == 5  # 8 rows, less two running and the one outside the space
+
+
+def test_unfinished_trials_come_first_with_their_own_key_and_parameters(crashed):
+    before = list(crashed.records)
+    records = Records.load(crashed.records.run)
+    rebuilt = make(records, crashed.config.known_points)
+    unfinished = [row for row in before if row.state == "running"]
+    assert len(unfinished) == 2
+    for index, row in enumerate(unfinished):
+        config = rebuilt.suggest(f"new{index}")
+        assert config is not None
+        assert config["trial"] == row.trial
+        training = TrainConfig.model_validate(config["train"])
+        assert (training.schedule.start, training.schedule.tau) == (row.start, row.tau)
+        assert (training.learning_rate, training.dropout, training.seed) == (row.learning_rate, row.dropout, row.seed)
+        last = told(rebuilt)[-1]
+        assert last.state == TrialState.RUNNING
+        assert last.params.items() <= space.params_of(row.params()).items()
+    assert list(records) == before  # no row more
+    finish(rebuilt, "new0", "completed", 3.0)
+    assert rebuilt._ot_study.best_value == 3.0
+
+
+def test_no_known_point_is_tried_twice(crashed):
+    records = Records.load(crashed.records.run)
+    search = make(records, [*crashed.config.known_points, INSIDE.model_copy(update={"tau": 3.0})])
+    for index in range(4):
+        suggest(search, f"new{index}")
+    assert [row.source for row in records] == 4 * ["known"] + 4 * ["suggested"] + ["known", "suggested"]
+    assert [row.tau for row in records if row.source == "known"] == [1.0, 1.0, 1.0, 2.0, 3.0]
+    assert len({row.trial for row in records}) == len(records)
+
+
+def test_a_known_point_outside_the_space_is_tried_but_not_told(records):
+    search = make(records, [OUTSIDE])
+    assert records[suggest(search, "id0")].start == 0.5
+    finish(search, "id0", "completed", 4.0)
+    assert told(search) == []
+    assert told(make(Records.load(records.run), [OUTSIDE])) == []
+
+
+def test_the_same_seed_gives_the_same_suggestions(tmp_path):
+    def suggestions(name: str, seed: int) -> list[dict[str, Any]]:
+        records = Records(Storage(tmp_path / name))
+        search = make(records, CONFIG.known_points, seed=seed)
+        for index in range(14):  # TPE's own model begins after 10
+            suggest(search, f"{name}{index}")
+            finish(search, f"{name}{index}", "completed", float(index % 5))
+        return [row.params() for row in records]
+
+    first = suggestions("first", 0)
+    assert suggestions("again", 0) == first
+    assert suggestions("other", 1)[len(CONFIG.known_points) :] != first[len(CONFIG.known_points) :]
+
+
+def test_the_journal_opens_with_plain_optuna(records, tmp_path):
+    file = str(tmp_path / "study.journal")
+    search = make(records, [INSIDE], storage=JournalStorage(JournalFileBackend(file)))
+    for index, state in enumerate(("completed", "stopped")):
+        suggest(search, f"id{index}")
+        finish(search, f"id{index}", state, 5.0 - index)
+    study = optuna.load_study(study_name=CONFIG.name, storage=JournalStorage(JournalFileBackend(file)))
+    assert summary(study) == summary(search._ot_study)
+    assert (study.best_value, study.best_params["cosine.start"]) == (5.0, 0.2)

@@ -1,0 +1,100 @@
+"""The conditional space: only the chosen family's parameters, and names that go back and forth."""
+
+import dataclasses
+
+import optuna
+import pytest
+from pydantic import ValidationError
+
+from search import space
+from search.config import KNOWN_POINTS, KnownPoint, load
+
+CONFIG = load("digits")
+DEFINED = space.define_by_run(CONFIG)
+
+
+def asked(seed: int, config=CONFIG) -> tuple[optuna.Trial, space.Params]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed))
+    trial = study.ask()
+    return trial, space.define_by_run(config)(trial)
+
+
+def test_only_the_chosen_family_s_parameters_are_suggested():
+    families = set()
+    for seed in range(20):
+        trial, params = asked(seed)
+        family = params["family"]
+        families.add(family)
+        assert {name.split(".")[0] for name in trial.params if "." in name} <= {family}
+        assert trial.distributions == space.distributions(CONFIG, family)
+        assert params.keys() == space.parameters(CONFIG, family).keys() | {"family"}
+        assert space.contains(CONFIG, params)
+    assert families == {"linear", "polynomial", "cosine", "sigmoid"}
+
+
+def test_a_number_fixes_a_parameter_and_is_not_suggested():
+    config = load("digits", ["space.dropout=0.25", "space.families={cosine: {start: 0.1, end: 1, tau: 2}}"])
+    trial, params = asked(0, config)
+    assert set(trial.params) == {"family", "learning_rate"}
+    assert {name: params[name] for name in ("dropout", "cosine.start", "cosine.end", "cosine.tau")} == {
+        "dropout": 0.25, "cosine.start": 0.1, "cosine.end": 1.0, "cosine.tau": 2.0,
+    }  # fmt: skip
+
+
+def test_a_linear_schedule_has_no_tau():
+    assert "linear.tau" not in space.parameters(CONFIG, "linear")
+    assert space.flat(space.known_params(CONFIG, KNOWN_POINTS[0]))["tau"] == 1.0
+
+
+def test_columns_and_optuna_s_names_are_inverse():
+    for seed in range(10):
+        _, params = asked(seed)
+        assert space.params_of(space.flat(params)) == params
+    for point in KNOWN_POINTS:
+        params = space.known_params(CONFIG, point)
+        assert space.params_of(space.flat(params)) == params
+
+
+def test_a_known_point_takes_what_it_leaves_out_from_the_base_training():
+    left_out = space.known_params(CONFIG, KNOWN_POINTS[1])
+    assert (left_out["learning_rate"], left_out["dropout"]) == (CONFIG.train.learning_rate, CONFIG.train.dropout)
+    given = KnownPoint(family="cosine", start=0, end=1, learning_rate=5e-3, dropout=0.0)
+    assert space.known_params(CONFIG, given)["learning_rate"] == 5e-3
+    assert space.known_params(load("digits", ["train.dropout=0.3"]), given)["dropout"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "inside"),
+    [
+        ({}, True),
+        ({"cosine.start": 0.3}, True),  # a range holds its ends
+        ({"cosine.start": 0.31}, False),
+        ({"cosine.end": 0.9}, False),  # fixed at 1
+        ({"learning_rate": 1.0}, False),
+        ({"dropout": 0.25}, False),
+    ],
+)
+def test_contains_is_the_ranges_with_their_ends(change, inside):
+    assert space.contains(CONFIG, space.known_params(CONFIG, KNOWN_POINTS[1]) | change) is inside
+
+
+def test_a_family_that_is_not_searched_is_outside():
+    config = load("digits", ["space.families={linear: {start: 1e-4, end: 0.02}}"])
+    assert not space.contains(config, space.known_params(config, KNOWN_POINTS[1]))
+    assert space.contains(config, space.known_params(config, KNOWN_POINTS[0]))
+
+
+def test_what_a_row_says_is_trained(row):
+    config = load("digits", ["train.schedule.steps=500"])
+    mine = row(family="sigmoid", start=-3.0, end=3.0, tau=0.9, learning_rate=2e-3, dropout=0.2, seed=7)
+    training = space.train_config(config, dataclasses.asdict(mine))
+    schedule = training.schedule
+    assert (schedule.family, schedule.start, schedule.end, schedule.tau) == ("sigmoid", -3.0, 3.0, 0.9)
+    assert (schedule.steps, training.learning_rate, training.dropout, training.seed) == (500, 2e-3, 0.2, 7)
+    unchanged = {"epochs", "batch_size", "model", "data", "workers"}
+    assert training.model_dump(include=unchanged) == config.train.model_dump(include=unchanged)
+
+
+def test_a_row_whose_schedule_breaks_a_law_is_no_training(row):
+    with pytest.raises(ValidationError, match="start < schedule.end"):
+        space.train_config(CONFIG, dataclasses.asdict(row(family="sigmoid", start=3.0, end=3.0)))

@@ -1,0 +1,185 @@
+"""One training step: the model, its averages, its optimiser, and everything random from (seed, step)."""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer import data, model, schedules
+from trainer.config import TrainConfig
+from trainer.diffusion import Diffusion, epsilon_mse
+from trainer.ema import EMA
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of the processes that train one model together."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+
+class TrainingFailedError(Exception):
+    """Training cannot go on, for a reason that a retry would meet again. The message is that reason."""
+
+
+class WorkerFailedError(Exception):
+    """This worker cannot go on; others may not know of it."""
+
+
+class Denoiser(nn.Module):
+    """The U-Net with a tensor for its output, which CUDA graphs want."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return self.network(x_t, t, return_dict=False)[0]
+
+
+class TrainStep:
+    """The state of one training on one worker, and the step that advances it.
+
+    pixels: (N, H, W, C) uint8 training images. They stay on the device where they fit in a quarter of its free memory
+    (on the CPU they are never copied: a memory-mapped array is read as it is needed), else batches are copied over.
+    """
+
+    def __init__(self, config: TrainConfig, images: data.Images, worker: Worker):
+        self.config, self.worker, self.shape = config, worker, images.shape
+        device = worker.device
+        speed = config.speed
+        on_gpu = device.type == "cuda"
+        self.network = model.build(config.model, images.shape, config.dropout, config.seed).to(device).train()
+        if speed.channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        self.emas = [EMA(self.network, decay) for decay in config.ema_decays]
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate, fused=speed.fused_adam)
+        self.diffusion = Diffusion(schedules.betas(**config.schedule.model_dump()))
+        bf16 = speed.bf16 if speed.bf16 != "auto" else on_gpu
+        # No cast is kept between steps: a kept one would outlive the CUDA graph that made it.
+        self._autocast: Any = (
+            (lambda: torch.autocast(device.type, torch.bfloat16, cache_enabled=False))
+            if bf16
+            else contextlib.nullcontext
+        )
+        first = worker.rank * config.batch_size // worker.world_size
+        self._mine = slice(first, (worker.rank + 1) * config.batch_size // worker.world_size)
+        self._pixels = _resident(images.pixels, device)
+        self._denoise = self._fastest_denoiser()
+
+    def _fastest_denoiser(self) -> nn.Module:
+        speed, worker = self.config.speed, self.worker
+        denoise: Any = Denoiser(self.network)
+        if speed.compile:
+            denoise = torch.compile(denoise)
+        if worker.world_size > 1:
+            return DistributedDataParallel(denoise)
+        graphs = speed.cuda_graphs if speed.cuda_graphs != "auto" else not speed.compile
+        if worker.device.type == "cuda" and graphs:
+            size = self.config.micro_batch or self.config.batch_size
+            if self.config.batch_size % size:
+                return denoise  # a graph has one shape, and the last part of a batch would have another
+            x_t = torch.randn(size, *self.shape, device=worker.device)
+            if speed.channels_last:
+                x_t = x_t.contiguous(memory_format=torch.channels_last)
+            t = torch.zeros(size, dtype=torch.int64, device=worker.device)
+            try:
+                with self._autocast():
+                    denoise = torch.cuda.make_graphed_callables(denoise, (x_t, t))
+            except RuntimeError as error:
+                print(f"no CUDA graph of the model, going on without: {error}", flush=True)
+        return denoise
+
+    def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Advances by step `step`, counted from 0: (its part of the batch's loss, gradient norm), on the device.
+
+        Nothing in here waits for the device. Raises WorkerFailedError where its memory is too small.
+        """
+        config, worker, device = self.config, self.worker, self.worker.device
+        # Everything random comes from (seed, step), for the whole batch: no rank, restart or size of part changes it.
+        index = data.batch_indices(config.seed, step, len(self._pixels), config.batch_size)
+        generator = torch.Generator(device).manual_seed(step_seed(config.seed, step))
+        t = torch.randint(config.schedule.steps, (config.batch_size,), generator=generator, device=device)[self._mine]
+        noise = torch.randn((config.batch_size, *self.shape), generator=generator, device=device)[self._mine]
+        x_0 = data.to_model_range(_rows(self._pixels, index[self._mine], device))
+        if config.data.horizontal_flip:
+            flips = torch.rand(config.batch_size, generator=generator, device=device)[self._mine] < 0.5
+            x_0 = torch.where(flips[:, None, None, None], x_0.flip(3), x_0)
+        torch.manual_seed(step_seed(config.seed, step, 1 + worker.rank))  # dropout
+
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=device)
+        size = config.micro_batch or len(x_0)
+        for first in range(0, len(x_0), size):
+            part = slice(first, first + size)
+            last = first + size >= len(x_0)
+            try:
+                with contextlib.nullcontext() if last else self._no_sync():
+                    loss = self._loss(x_0[part], t[part], noise[part])
+                    (loss * worker.world_size).backward()  # DDP averages over ranks what is a sum
+            except torch.OutOfMemoryError as error:
+                raise WorkerFailedError(
+                    f"the GPU's memory is too small for {min(size, len(x_0))} images at once (batch_size "
+                    f"{config.batch_size}, {worker.world_size} workers); set train.micro_batch={max(1, size // 2)}"
+                ) from error
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), config.gradient_clip)
+        self.optimizer.step()
+        for ema in self.emas:
+            ema.update(self.network)
+        return total, norm
+
+    def _loss(self, x_0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """These images' share of the mean over the whole batch."""
+        x_t = self.diffusion.q_sample(x_0, t, noise)
+        if self.config.speed.channels_last:
+            x_t = x_t.contiguous(memory_format=torch.channels_last)
+        with self._autocast():
+            predicted = self._denoise(x_t, t)
+        return epsilon_mse(predicted, noise).sum() / self.config.batch_size
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Gradients of all parts but the last stay here: they are averaged over ranks once a step."""
+        return (
+            self._denoise.no_sync() if isinstance(self._denoise, DistributedDataParallel) else contextlib.nullcontext()
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a step changes."""
+        return {
+            "model": self.network.state_dict(),
+            "ema": {str(ema.decay): ema.model.state_dict() for ema in self.emas},
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any], updates: int) -> None:
+        """Goes on from `state` after `updates` steps."""
+        self.network.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for ema in self.emas:
+            ema.model.load_state_dict(state["ema"][str(ema.decay)])
+            ema.updates = updates
+
+
+def step_seed(seed: int, step: int, stream: int = 0) -> int:
+    """A seed for one step, well mixed: neighbouring steps must not get neighbouring generator states."""
+    return int(np.random.SeedSequence([seed, step, stream]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _resident(pixels: np.ndarray, device: torch.device) -> np.ndarray | torch.Tensor:
+    if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        return torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
+    return pixels
+
+
+def _rows(pixels: np.ndarray | torch.Tensor, index: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if isinstance(pixels, torch.Tensor):
+        return pixels[index.to(device, non_blocking=True)]
+    batch = torch.from_numpy(pixels[index.numpy()])
+    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch
