@@ -51,7 +51,7 @@ def run(
     from search.records import storage_at
 
     place = storage_at(storage).at(settings.name)
-    splits = pipeline.preflight(settings)
+    splits = pipeline.preflight(settings, console)
     pipeline.begin(settings, place)
     console.print(f"Run:            {place.uri}")
     _go(settings, place, splits, address)
@@ -64,7 +64,7 @@ def resume(path: RunPath, address: Address = "local") -> None:
 
     settings, place, records = pipeline.open_run(path)
     console.print(f"Run:            {place.uri} ({len(records)} trials on record)")
-    _go(settings, place, pipeline.preflight(settings), address)
+    _go(settings, place, pipeline.preflight(settings, console), address)
 
 
 def _go(settings: Any, place: Any, splits: Any, address: str) -> None:
@@ -112,7 +112,7 @@ def evaluate(
     settings, place, _ = pipeline.open_run(path)
     final = settings.final.model_copy(update={k: v for k, v in {"top": top, "images": images}.items() if v is not None})
     settings = settings.model_copy(update={"final": final})
-    pipeline.evaluate_again(settings, place, pipeline.preflight(settings), address, console)
+    pipeline.evaluate_again(settings, place, pipeline.preflight(settings, console), address, console)
 
 
 @app.command()

@@ -1,10 +1,12 @@
 """The whole way of a run: search → final stage → ranking → report → export. Each part goes on from what is on disk."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import platform
 import shlex
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,10 @@ from search.config import SearchConfig, UserError
 from search.records import CONFIG, Records, Row, open_run
 from trainer import checkpoint, data
 from trainer.data import Splits
+from trainer.data_cache import cache_folder
 from trainer.storage import Storage
 
 RANKING, REPORT = "ranking.json", "report/index.html"
-CACHE = Path("~/.cache/ddpm-search").expanduser()
 SAMPLES = 64
 
 
@@ -42,9 +44,18 @@ def begin(config: SearchConfig, run: Storage) -> None:
         raise UserError(f"--storage {run.uri} cannot be written: {error}; give a folder that can") from error
 
 
-def preflight(config: SearchConfig) -> Splits:
-    """Everything that can be refused before Ray starts. Raises UserError."""
+def preflight(config: SearchConfig, console: Console) -> Splits:
+    """Everything that can be refused before Ray starts; decodes the images where they are not. Raises UserError."""
     try:
+        with contextlib.ExitStack() as stack:
+            bars: list[Callable[[int, int], None]] = []  # made when there is something to decode
+
+            def progress(done: int, total: int) -> None:
+                if not bars:
+                    bars.append(stack.enter_context(watch.progress_bar(console, "Decoding images")))
+                bars[0](done, total)
+
+            data.prepare(config.train.data, progress)
         splits = data.load(config.train.data)
         config.train.model.check_fits(splits.train.shape)
         if config.train.batch_size > len(splits.train):
@@ -217,7 +228,7 @@ def _reference(config: SearchConfig, splits: Splits, console: Console) -> Refere
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with console.status("") as status:
-        judge = reference.prepare(splits, config.final, CACHE, device, lambda what: status.update(what))
+        judge = reference.prepare(splits, config.final, cache_folder(), device, lambda what: status.update(what))
     if judge is not None and judge.accuracy is not None:
         console.print(
             f"Judge:          a classifier of the data's own labels, {judge.accuracy:.1%} right on held-out images"
@@ -254,7 +265,7 @@ def evaluate_again(config: SearchConfig, run: Storage, splits: Splits, address: 
 def report_again(path: str, console: Console) -> None:
     """The report of a run, from what is on disk."""
     config, run, records = open_run(path)
-    splits = preflight(config)
+    splits = preflight(config, console)
     ranked = run.read_json(RANKING) if run.exists(RANKING) else None
     judge = _reference(config, splits, console) if ranked else None
     write_report(config, run, records, judge, splits, ranked)

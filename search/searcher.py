@@ -124,10 +124,12 @@ class HonestOptunaSearch(Live, OptunaSearch):
         if not space.contains(self.config, params):
             return
         searched = space.distributions(self.config, row.family)
+        state, values = self._state(row), list(self._values(row).values())
         self._ot_study.add_trial(
             optuna.trial.create_trial(
-                state=self._state(row),
-                value=self._final(row),
+                state=state,
+                # Optuna's tell() gives a pruned trial its last rung's value, which create_trial() leaves to us.
+                value=self._final(row) if state != TrialState.PRUNED else values[-1] if values else None,
                 params={name: params[name] for name in searched},
                 distributions=searched,
                 intermediate_values=self._values(row),

@@ -141,12 +141,13 @@ def score(path: Path, extractor: str, weights: Path | None, split_size: int) -> 
         probabilities = _stored_probabilities(path)
         name, score_name = "stored", "score of stored probabilities"
         if probabilities is None:
+            drawn = files.read_images(path)
             if extractor == "inception":
                 judge: Any = extractors.Inception(weights)
             else:
                 judge = extractors.Classifier.load(Path(extractor))
             name, score_name = judge.name, judge.score_name
-            probabilities = judge.extract(files.read_images(path)).probabilities
+            probabilities = judge.extract(drawn).probabilities
         result = scores.inception_score(probabilities, split_size)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
@@ -176,9 +177,10 @@ def _stored_probabilities(path: Path) -> np.ndarray | None:
 def train(config: SearchConfig, out: Path, console: Console) -> None:
     """One training of `config.train`, in this process; goes on from the newest checkpoint in `out`."""
     from evaluation import reference
-    from search.pipeline import CACHE, choose_metric, preflight
+    from search.pipeline import choose_metric, preflight
     from search.watch import progress_bar
     from trainer import checkpoint, local, loop
+    from trainer.data_cache import cache_folder
     from trainer.storage import Storage
 
     folder = Storage(out)
@@ -189,9 +191,9 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
     found = checkpoint.latest(folder)
     if found is not None and found[1].config != config.train:
         raise UserError(f"--out {out} holds a training of another configuration; give another --out")
-    splits = preflight(config)
+    splits = preflight(config, console)
     device = local.default_device()
-    judge = reference.prepare(splits, config.final, CACHE, str(device), console.print)
+    judge = reference.prepare(splits, config.final, cache_folder(), str(device), console.print)
     settings, metric = config.early_stopping, choose_metric(config, judge, console)
     done = f", from epoch {found[1].meta['epoch']}" if found else ""
     console.print(f"Training {config.train.schedule.label()} for {config.train.epochs} epochs{done}")

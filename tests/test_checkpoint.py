@@ -52,6 +52,12 @@ def test_the_newest_whole_one_is_found_and_broken_ones_are_named(folder, capsys)
         assert newest in capsys.readouterr().out
 
 
+def test_ray_trains_own_file_beside_them_is_no_checkpoint(folder):
+    folder.write("checkpoint_manager_snapshot.json", b"{}")
+    assert checkpoint.names(folder) == ["checkpoint_000000005", "checkpoint_000000010"]
+    assert checkpoint.latest(folder)[0].uri.endswith("checkpoint_000000010")
+
+
 def test_a_write_that_was_cut_before_its_end_is_no_checkpoint(folder):
     folder.delete("checkpoint_000000010/checkpoint.json")
     assert checkpoint.latest(folder)[0].uri.endswith("checkpoint_000000005")

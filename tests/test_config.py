@@ -38,7 +38,10 @@ def test_a_config_written_out_is_read_back_the_same():
         ("train.epochs=0", ["train.epochs", "greater than or equal to 1", "got 0"]),
         ("train.epochs.x=1", ["'epochs'", "no further settings"]),
         ("train=3", ["train", "dictionary", "got 3"]),
-        ("train.schedule={family: sigmoid, start: 3, end: 3}", ["start < ", "start=3.0, end=3.0", "use start=0, end=3"]),
+        (
+            "train.schedule={family: sigmoid, start: 3, end: 3}",
+            ["start < ", "start=3.0, end=3.0", "use start=0, end=3"],
+        ),
         ("known_points+={family: sigmoid, start: 3, end: 3}", ["known_points.5", "start=3.0", "use start=0, end=3"]),
         ("space.families={sigmoid: {start: 3, end: 3}}", ["start=3.0, end=3.0", "use start=0, end=3"]),
         ("space.families={linear: {start: 1e-4, end: 0.02, tau: 2}}", ["linear.tau", "left out", "got 2"]),
@@ -99,7 +102,7 @@ def test_a_name_that_could_leave_its_folder_is_refused(name):
 
 @pytest.mark.parametrize("name", ["nothing", "no/such.yaml", "~nobody-here/x.yaml", "x" * 5000, "digits.yml", "."])
 def test_a_missing_file_names_the_shipped_configs(name):
-    with pytest.raises(UserError, match="shipped name: .*digits"):
+    with pytest.raises(UserError, match=r"shipped name: .*digits"):
         load(name)
 
 

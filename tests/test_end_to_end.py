@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +46,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def environment(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def environment(home: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     # Ray's sockets want a short path
-    yield {**os.environ, "HOME": str(home), "RAY_TMPDIR": str(tmp_path_factory.mktemp("r")), "COLUMNS": "200"}
+    return {**os.environ, "HOME": str(home), "RAY_TMPDIR": str(tmp_path_factory.mktemp("r")), "COLUMNS": "200"}
 
 
 def run(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:

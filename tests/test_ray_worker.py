@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from trainer import checkpoint, data, local, ray_worker
 from trainer.config import DataConfig, ModelConfig, TrainConfig
 from trainer.storage import Storage
 
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 CONFIG = TrainConfig(
@@ -55,7 +57,7 @@ class Probe:
 def cluster(tmp_path_factory, monkeypatch):
     """A head without workers and two nodes of one worker each."""
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path_factory.mktemp("r")))
-    for name, value in ENVIRONMENT.items():
+    for name, value in (ENVIRONMENT | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "10"}).items():
         monkeypatch.setenv(name, value)
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 * 2**20})
     nodes = [made.add_node(num_cpus=1, object_store_memory=100 * 2**20) for _ in range(2)]
@@ -65,7 +67,8 @@ def cluster(tmp_path_factory, monkeypatch):
     made.shutdown()
 
 
-@ray.remote(num_cpus=0)
+# On the head, which lives: what dies here are workers
+@ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})
 def train_in_a_task(config: dict[str, Any], run: str, probe: Probe) -> dict[str, Any]:
     return ray_worker.fit(TrainConfig.model_validate(config), "trial", Storage(run), score=probe, rungs=RUNGS)
 
@@ -87,10 +90,12 @@ def uninterrupted(tmp_path: Path) -> dict[int, float]:
     return losses
 
 
-def wait_until(condition, seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"no {what} within {seconds} s"
+def wait_for_third_rung(probe: Probe, training: ray.ObjectRef) -> None:
+    end = time.monotonic() + 120
+    while len(probe.pids()) < 3:
+        done, _ = ray.wait([training], timeout=0)
+        assert not done, f"ended before its time: {ray.get(training)}"
+        assert time.monotonic() < end, "no third rung within 120 s"
         time.sleep(0.2)
 
 
@@ -111,14 +116,13 @@ def final_loss(run: Storage) -> float:
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_a_worker_that_dies_or_hangs_is_replaced_and_the_curve_goes_on(cluster, tmp_path, sign):
-    """A hung one is noticed by the others' timeout; then all end and start again from the last checkpoint."""
+    """A hung one answers no health check; then all end and start again from the last checkpoint."""
     probe, run = Probe(tmp_path), Storage(tmp_path / "run")
-    config = CONFIG.model_copy(update={"hang_seconds": 10})
-    training = train_in_a_task.remote(config.model_dump(mode="json"), run.uri, probe)
-    wait_until(lambda: len(probe.pids()) == 3, 90, "third rung")
+    training = train_in_a_task.remote(CONFIG.model_dump(mode="json"), run.uri, probe)
+    wait_for_third_rung(probe, training)
     victim = probe.pids()[0]
     os.kill(victim, sign)
-    metrics = ray.get(training, timeout=200)
+    metrics = ray.get(training, timeout=120)
     assert metrics["epoch"] == CONFIG.epochs
     assert victim not in probe.pids()[3:]
     assert len(probe.pids()) <= 3 + 4, "more than one epoch was trained twice"
@@ -131,8 +135,8 @@ def test_a_trial_that_loses_a_node_goes_on_with_fewer_workers(cluster, tmp_path)
     probe, run = Probe(tmp_path), Storage(tmp_path / "run")
     config = CONFIG.model_copy(update={"min_workers": 1, "workers": 3})
     training = train_in_a_task.remote(config.model_dump(mode="json"), run.uri, probe)
-    wait_until(lambda: len(probe.pids()) == 3, 120, "third rung")
+    wait_for_third_rung(probe, training)
     made.remove_node(nodes[1])
-    metrics = ray.get(training, timeout=200)
+    metrics = ray.get(training, timeout=120)
     assert metrics["epoch"] == CONFIG.epochs
     assert final_loss(run) == pytest.approx(uninterrupted(tmp_path)[CONFIG.epochs], rel=1e-4)

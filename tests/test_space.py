@@ -96,5 +96,5 @@ def test_what_a_row_says_is_trained(row):
 
 
 def test_a_row_whose_schedule_breaks_a_law_is_no_training(row):
-    with pytest.raises(ValidationError, match="start < schedule.end"):
+    with pytest.raises(ValidationError, match=r"start < schedule\.end"):
         space.train_config(CONFIG, dataclasses.asdict(row(family="sigmoid", start=3.0, end=3.0)))

@@ -7,6 +7,7 @@ A checkpoint is a folder: `state.pt` (tensors and plain numbers, loaded with wei
 import hashlib
 import io
 import json
+import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -77,8 +78,8 @@ def _digest(described: dict[str, Any], content: bytes) -> str:
 
 
 def names(storage: Storage) -> list[str]:
-    """The folders checkpoint_* here, oldest first."""
-    return [name for name in storage.names() if name.startswith("checkpoint_")]
+    """The folders checkpoint_<step>, oldest first (Ray Train keeps a checkpoint_manager_snapshot.json beside them)."""
+    return [name for name in storage.names() if re.fullmatch(r"checkpoint_\d+", name)]
 
 
 def latest(storage: Storage) -> tuple[Storage, Checkpoint] | None:

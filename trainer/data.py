@@ -126,7 +126,7 @@ def _rest(splits: Splits) -> Images:
         _, _, rest = _choose(config, listing)
         return decode_all(folder, source, listing, {"rest": rest}, config, like=train.pixels.shape[1:])
 
-    _, arrays = data_cache.entry(f"{splits.entry}-rest", make)
+    _, arrays = data_cache.entry(f"rest-{splits.entry}", make)
     return _images(arrays, "rest")
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -100,16 +101,15 @@ def entry(name: str, make: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, 
     if found is not None:
         return found
     _check_writable(folder.parent)
+    making = f".making-{name}-{platform.node()}-"  # by node: a lock need not reach the others
     with locked(folder.with_name(f".{name}.lock")) as alone:
         if alone:
-            for left in folder.parent.glob(f".making-{name}-*"):
+            for left in folder.parent.glob(f"{making}*"):
                 shutil.rmtree(left, ignore_errors=True)
         found = _read(folder)
         if found is not None:
             return found
-        with tempfile.TemporaryDirectory(
-            dir=folder.parent, prefix=f".making-{name}-", ignore_cleanup_errors=True
-        ) as scratch:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=making, ignore_cleanup_errors=True) as scratch:
             if folder.exists():
                 log.warning("%s is damaged: decoding the images again", folder)
                 with contextlib.suppress(FileNotFoundError):  # another process has moved it away

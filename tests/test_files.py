@@ -1,0 +1,108 @@
+"""What `sample` writes is what `score` reads."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from evaluation.files import check_out, read_array, read_images, write_images
+
+
+def noise(n: int = 5, size: int = 8, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (n, size, size, channels), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("out", ["images.npz", "folder", "new/place/images.npz", "new/place/folder"])
+def test_images_are_read_back_bit_for_bit_and_in_order(tmp_path, channels, out):
+    images = noise(12, channels=channels)
+    write_images(images, tmp_path / out)
+    again = read_images(tmp_path / out)
+    assert again.dtype == np.uint8
+    np.testing.assert_array_equal(again, images)
+
+
+@pytest.mark.parametrize("layout", ["hugging face", "bytes"])
+def test_a_parquet_file_s_images_are_read(tmp_path, layout):
+    images = noise()
+    encoded = []
+    for pixels in images:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        encoded.append(buffer.getvalue())
+    column = encoded if layout == "bytes" else [{"bytes": content, "path": "x.png"} for content in encoded]
+    pq.write_table(pa.table({"label": list(range(5)), "img": column}), tmp_path / "x.parquet")
+    np.testing.assert_array_equal(read_images(tmp_path / "x.parquet"), images)
+
+
+def test_a_grid_is_one_picture(tmp_path):
+    write_images(noise(), tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.mode == "RGB"
+        assert min(picture.size) >= 8
+
+
+def test_images_of_two_shapes_are_refused(tmp_path):
+    write_images(noise(2, size=8), tmp_path / "a")
+    write_images(noise(2, size=16), tmp_path / "a" / "b")
+    with pytest.raises(ValueError, match=r"one shape, but are of 2.*\(16, 16, 3\)"):
+        read_images(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("nothing", None, "no images at"),
+        ("x.txt", b"hello", "must be a folder of images"),
+        ("x.npz", b"", "is not an .npz"),
+        ("x.npz", b"hello", "is not an .npz"),
+        ("x.npz", b"PK\x03\x04cut", "is not an .npz"),
+        ("x.parquet", b"hello", "(?i)parquet"),
+    ],
+)
+def test_what_holds_no_images_is_refused(tmp_path, name, content, says):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        read_images(tmp_path / name)
+
+
+def test_a_folder_without_images_or_with_a_broken_one_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no images at"):
+        read_images(tmp_path)
+    (tmp_path / "x.png").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"image 0 of .* cannot be read"):
+        read_images(tmp_path)
+
+
+@pytest.mark.parametrize("array", [np.zeros((2, 8, 8), np.uint8), np.zeros((2, 8, 8, 3), np.float32)])
+def test_an_array_that_is_no_uint8_images_is_refused(tmp_path, array):
+    np.savez(tmp_path / "x.npz", images=array)
+    with pytest.raises(ValueError, match=r"must be \(N, H, W, C\) uint8, but are \(2, 8, 8"):
+        read_images(tmp_path / "x.npz")
+
+
+def test_an_npz_says_what_it_holds(tmp_path):
+    np.savez(tmp_path / "x.npz", foo=np.ones(3), bar=np.ones(1))
+    with pytest.raises(ValueError, match=r"`images`, `logits` or `probabilities`, but holds \['foo', 'bar'\]"):
+        read_images(tmp_path / "x.npz")
+    assert read_array(tmp_path / "x.npz", "nothing") == (None, ["foo", "bar"])
+
+
+def test_nothing_is_unpickled(tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.array([None], dtype=object))
+    with pytest.raises(ValueError, match="pickle"):
+        read_images(tmp_path / "x.npz")
+
+
+def test_images_are_not_mixed_with_those_of_an_earlier_call(tmp_path):
+    write_images(noise(2), tmp_path / "a")
+    for refuse in (check_out, lambda out: write_images(noise(2), out)):
+        with pytest.raises(ValueError, match="holds PNG files already; give a new folder"):
+            refuse(tmp_path / "a")
+        with pytest.raises(ValueError, match=r"FILE\.png, FILE\.npz or a folder"):
+            refuse(tmp_path / "x.jpg")
+    assert len(list((tmp_path / "a").iterdir())) == 2
