@@ -93,6 +93,7 @@ class Recipe(Tutorial):
     def __init__(self, config: TrainConfig, dataset: Dataset, device: torch.device):
         super().__init__(config, dataset, device)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+        self.clip = config.gradient_clip
         self.ema = EMAModel(self.network.parameters(), decay=0.9999, use_ema_warmup=True, power=0.75)
 
     def step(self, fixed: Any = None) -> float:
@@ -106,7 +107,7 @@ class Recipe(Tutorial):
             predicted = self.network(self.scheduler.add_noise(x_0, noise, t), t).sample
         loss = F.mse_loss(predicted.float(), noise)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.ema.step(self.network.parameters())
@@ -143,7 +144,13 @@ def agreeing_losses(config: TrainConfig, images: data.Images, dataset: Dataset, 
     recipe = Recipe(unclipped, dataset, device)
     recipes = [recipe.step(batch(number)) for number in range(AGREEING_STEPS)]
     worst = max(float(np.max(np.abs(np.array(mine) / np.array(other) - 1))) for other in (theirs, recipes))
-    return {"steps": AGREEING_STEPS, "largest_relative_difference": worst, "ours": mine, "tutorial": theirs}
+    return {
+        "steps": AGREEING_STEPS,
+        "largest_relative_difference": worst,
+        "ours": mine,
+        "tutorial": theirs,
+        "recipe": recipes,
+    }
 
 
 def main() -> None:

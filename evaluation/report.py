@@ -1,36 +1,27 @@
 """The report a person reads: one HTML page that needs no network, no script and no file beside it."""
 
-import base64
-import io
-import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from pydantic import ValidationError
 
-from evaluation import pictures
-from evaluation.pictures import Curve, Panel
-from trainer.config import ScheduleConfig
-
-Row = dict[str, Any]  # one row of trials.parquet
-Curves = dict[str, list[tuple[int, float]]]  # TensorBoard tag → (epoch, value), of one trial
-
-MAX_NAMED = 8  # curves with a colour of their own; the others are grey
-GRID_IMAGES = 36
-NOT_KNOWN = "–"
-
-METRICS = {
-    "frechet": "Fréchet distance (lower is better)",
-    "score": "score (higher is better)",
-    "grid_loss": "grid loss (lower is better)",
-}
+from evaluation.report_figures import (
+    METRICS,
+    NOT_KNOWN,
+    Curves,
+    Row,
+    fixed,
+    label,
+    learning_curves,
+    name_curves,
+    sample_grids,
+    schedule_plots,
+)
 
 CSS = """
 :root{--line:#d5d9de;--soft:#f4f6f8;--quiet:#56606b}
@@ -83,7 +74,7 @@ def render(
     versions: package → version. All text is escaped.
     """
     ranked = {entry["trial"]: entry for entry in (ranking or {}).get("trials", [])}
-    named = _named(rows, ranked)
+    named = name_curves(rows, ranked)
     title = f"Search {run_name}"
     sections = [
         f"<h1>{escape(title)}</h1>",
@@ -92,11 +83,11 @@ def render(
         "<h2>Leaderboard</h2>",
         _leaderboard(ranking),
         "<h2>Images</h2>",
-        _samples(rows, ranked, samples, real_samples),
+        sample_grids(rows, ranked, samples, real_samples),
         "<h2>Noise schedules</h2>",
-        _schedules(config, rows, named),
+        schedule_plots(config, rows, named),
         "<h2>How the trials learned</h2>",
-        _learning(config, rows, named, curves),
+        learning_curves(config, rows, named, curves),
         "<h2>All trials</h2>",
         _all_trials(rows, ranked),
         "<h2>Cost</h2>",
@@ -111,26 +102,6 @@ def render(
     ) + "\n".join([*sections, "</body></html>\n"])
 
 
-def read_curves(folder: Path) -> Curves:
-    """Every scalar in the TensorBoard event files of one trial's folder, by tag, in the order of epochs.
-
-    A resumed trial logs again the epochs after its checkpoint: what the earlier process wrote of them is dropped, so
-    an epoch has one value, the latest. Empty where there are no events.
-    """
-    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
-        SCALARS,
-        EventAccumulator,
-    )
-
-    if not any(folder.glob("*tfevents*")):
-        return {}
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every restart that it takes into account
-    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})  # 0 keeps all; the default thins out long runs
-    events.Reload()
-    # The accumulator drops what a restart made void, but only where the restart was logged: hence also the dict.
-    return {tag: sorted({e.step: e.value for e in events.Scalars(tag)}.items()) for tag in events.Tags()[SCALARS]}
-
-
 def savings(rows: Iterable[Row], epochs: int) -> tuple[float, float]:
     """Worker-seconds spent, and those that stopping early saved: epochs left times the mean cost of an epoch.
 
@@ -143,21 +114,12 @@ def savings(rows: Iterable[Row], epochs: int) -> tuple[float, float]:
     return spent, left * spent / done if done else 0.0
 
 
-def _label(row: Row) -> str:
-    # A screened schedule may break a law, and is named like any other: so its values are not checked.
-    return ScheduleConfig.model_construct(**{n: row[n] for n in ("family", "start", "end", "tau")}).label()
-
-
 def _num(value: float | None, digits: int = 4) -> str:
     return NOT_KNOWN if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
 
 
-def _fixed(value: float | None, decimals: int = 2) -> str:
-    return NOT_KNOWN if value is None or not math.isfinite(value) else f"{value:.{decimals}f}"
-
-
 def _interval(ci: Sequence[float], tag: str = "span") -> str:
-    return f"<{tag}>{_fixed(ci[0])} to {_fixed(ci[1])}</{tag}>"
+    return f"<{tag}>{fixed(ci[0])} to {fixed(ci[1])}</{tag}>"
 
 
 def _count(number: int, noun: str) -> str:
@@ -180,15 +142,7 @@ def _table(columns: Sequence[tuple[str, str]], body: Iterable[tuple[str, Sequenc
 def _settings(row: Row) -> str:
     """The cell that says what a trial tried."""
     rest = f"learning rate {_num(row['learning_rate'], 3)}, dropout {_num(row['dropout'], 2)}"
-    return f"{escape(_label(row))}<small>{rest}</small>"
-
-
-def _named(rows: Sequence[Row], ranked: dict[str, Row]) -> dict[str, int]:
-    """Trials with a colour of their own, and its number: the ranked in their order, then the known points."""
-    known = [row["trial"] for row in rows if row["source"] == "known" and row["state"] != "screened"]
-    scored = [trial for trial, entry in ranked.items() if entry["rank"] is not None]
-    finished = [row["trial"] for row in rows if row["state"] == "completed"]
-    return {trial: i for i, trial in enumerate(list(dict.fromkeys([*scored, *known, *finished]))[:MAX_NAMED])}
+    return f"{escape(label(row))}<small>{rest}</small>"
 
 
 def _summary(config: dict[str, Any], rows: Sequence[Row]) -> str:
@@ -207,22 +161,22 @@ def _verdict(ranking: dict[str, Any] | None) -> str:
         return "<p>There is no winner: the final stage could score none of the trials. The table says why.</p>"
     best = scored[0]
     text = (
-        f"<p><strong>{escape(best['trial'])}, {escape(_label(best))}</strong> with learning rate "
+        f"<p><strong>{escape(best['trial'])}, {escape(label(best))}</strong> with learning rate "
         f"{_num(best['learning_rate'], 3)} and dropout {_num(best['dropout'], 2)} has the highest "
-        f"{escape(ranking['score_name'])}: <strong>{_fixed(best['score']['mean'])}</strong> "
+        f"{escape(ranking['score_name'])}: <strong>{fixed(best['score']['mean'])}</strong> "
         f"(95% confidence interval {_interval(best['score']['ci'])}) from {ranking['images']:,} images. "
     )
     if len(scored) == 1:
         text += "No other trial was ranked.</p>"
     else:
-        text += f"It is the best of the {len(scored)} ranked with probability {_fixed(best['p_best'])}; "
+        text += f"It is the best of the {len(scored)} ranked with probability {fixed(best['p_best'])}; "
         tied = ", ".join(map(escape, best["tied_with"]))
         text += f"it cannot be told apart from {tied}.</p>" if tied else "it can be told apart from every other.</p>"
     real, same = ranking["real"], best["at_real_n"]
     text += (
-        f"<p>The ceiling: {real['n']:,} real held-out images score {_fixed(real['score'])}, as many of the winner's "
-        f"{_fixed(same['score'])}; their Fréchet distances are {_fixed(real['frechet'])} and "
-        f"{_fixed(same['frechet'])}.</p>"
+        f"<p>The ceiling: {real['n']:,} real held-out images score {fixed(real['score'])}, as many of the winner's "
+        f"{fixed(same['score'])}; their Fréchet distances are {fixed(real['frechet'])} and "
+        f"{fixed(same['frechet'])}.</p>"
     )
     scope = (
         "The intervals include the spread between training seeds: they speak of the configuration."
@@ -247,7 +201,7 @@ def _leaderboard(ranking: dict[str, Any] | None) -> str:
         columns += [(f"{quantity}<small>{n:,} images</small>", "n") for quantity in quantities]
 
     def reference(label: str, values: dict[str, Any]) -> tuple[str, list[str]]:
-        pair = [_fixed(values["score"]), _fixed(values["frechet"])]
+        pair = [fixed(values["score"]), fixed(values["frechet"])]
         main, *others = [pair if n == values["n"] else ["", ""] for n in numbers]
         return "reference", ["", f"<strong>{label}</strong>", *main, "", "", *chain(*others)]
 
@@ -257,12 +211,12 @@ def _leaderboard(ranking: dict[str, Any] | None) -> str:
         reason = f"<small><em>{escape(entry['reason'])}</em></small>" if entry["reason"] else ""
         trial = f"<strong>{escape(entry['trial'])}</strong><small>{_settings(entry)}</small>{reason}"
         cells = [str(entry["rank"] or ""), trial]
-        cells += [f"<strong>{_fixed(score['mean'])}</strong>{_interval(score['ci'], 'small')}" if score else NOT_KNOWN]
-        cells += [f"{_fixed(frechet['value'])}{_interval(frechet['ci'], 'small')}" if frechet else NOT_KNOWN]
-        cells += [_fixed(entry["p_best"]), "<br>".join(map(escape, entry["tied_with"])) or NOT_KNOWN]
+        cells += [f"<strong>{fixed(score['mean'])}</strong>{_interval(score['ci'], 'small')}" if score else NOT_KNOWN]
+        cells += [f"{fixed(frechet['value'])}{_interval(frechet['ci'], 'small')}" if frechet else NOT_KNOWN]
+        cells += [fixed(entry["p_best"]), "<br>".join(map(escape, entry["tied_with"])) or NOT_KNOWN]
         if len(numbers) > 1:
             at = entry["at_real_n"] or {"score": None, "frechet": None}
-            cells += [_fixed(at["score"]), _fixed(at["frechet"])]
+            cells += [fixed(at["score"]), fixed(at["frechet"])]
         body.append(("", cells))
     body.append(reference("Gaussian noise", ranking["noise"]))
 
@@ -276,100 +230,6 @@ def _leaderboard(ranking: dict[str, Any] | None) -> str:
         "Scores and distances compare only within one extractor, and at one number of images.",
     ]
     return _table(columns, body) + f'<p class="quiet">{escape(" ".join(filter(None, notes)))}</p>'
-
-
-def _samples(
-    rows: Sequence[Row], ranked: dict[str, Row], samples: dict[str, np.ndarray], real_samples: np.ndarray | None
-) -> str:
-    if not samples and real_samples is None:
-        return "<p>No images have been drawn yet.</p>"
-    labels = {row["trial"]: _label(row) for row in rows}
-    figures = [] if real_samples is None else [("<strong>Real</strong>, held out from training", real_samples)]
-    for trial in sorted(samples, key=lambda trial: list(ranked).index(trial) if trial in ranked else len(ranked)):
-        entry = ranked.get(trial) or {"rank": None, "score": None}
-        rank = "" if entry["rank"] is None else f"{entry['rank']}. "
-        score = "" if entry["score"] is None else f"<br>score {_fixed(entry['score']['mean'])}"
-        caption = f"{rank}<strong>{escape(trial)}</strong><br>{escape(labels[trial])}{score}"
-        figures.append((caption, samples[trial]))
-    html = ""
-    for caption, images in figures:
-        png = io.BytesIO()
-        pictures.save_grid_png(png, images[:GRID_IMAGES])
-        source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-        html += f'<figure><img alt="grid of images" src="{source}"><figcaption>{caption}</figcaption></figure>'
-    note = "Not chosen: the first of each trial. The same place in two trials' grids started from the same noise."
-    return f'<p class="quiet">{note}</p><div class="grids">{html}</div>'
-
-
-def _legend(rows: Sequence[Row], named: dict[str, int]) -> str:
-    labels = {row["trial"]: _label(row) for row in rows}
-    items = [(*pictures.style(number), f"{trial}: {labels[trial]}") for trial, number in named.items()]
-    if len(rows) > len(items):
-        items.append((pictures.CONTEXT, (), "other trials"))
-    html = ""
-    for colour, dashes, text in items:
-        line = f'<path d="M0 5H36" stroke="{colour}" stroke-width="2.5" stroke-dasharray="{_dasharray(dashes)}"/>'
-        html += f'<li><svg viewBox="0 0 36 10" aria-hidden="true">{line}</svg>{escape(text)}</li>'
-    return f'<ul class="legend">{html}</ul>'
-
-
-def _dasharray(dashes: Sequence[float]) -> str:
-    return " ".join(f"{2.5 * length:g}" for length in dashes)  # matplotlib's are in line widths
-
-
-def _panels(panels: Iterable[Panel]) -> str:
-    figures = (f"<figure>{pictures.panel_svg(panel, f'{panel.title}: {panel.ylabel}')}</figure>" for panel in panels)
-    return f'<div class="panels">{"".join(figures)}</div>'
-
-
-def _schedules(config: dict[str, Any], rows: Sequence[Row], named: dict[str, int]) -> str:
-    fixed = {name: config["train"]["schedule"][name] for name in ("steps", "space")}
-    drawn: list[tuple[ScheduleConfig, int | None]] = []
-    for row in rows:
-        try:
-            schedule = ScheduleConfig.model_validate(fixed | {n: row[n] for n in ("family", "start", "end", "tau")})
-        except ValidationError:
-            continue  # screened because it breaks a law: there is no curve, and its reason stands among all trials
-        drawn.append((schedule, named.get(row["trial"])))
-    if not drawn:
-        return "<p>No trial has begun yet.</p>"
-    steps = f"T = {drawn[0][0].steps:,} diffusion steps; t/T = 0 is the image, 1 is noise."
-    return _legend(rows, named) + _panels(pictures.schedule_panels(drawn)) + f'<p class="quiet">{steps}</p>'
-
-
-def _learning(config: dict[str, Any], rows: Sequence[Row], named: dict[str, int], curves: dict[str, Curves]) -> str:
-    ends = {"completed": "o", "stopped": "x", "failed": "x"}
-
-    def panel(title: str, ylabel: str, points: dict[str, list[tuple[int, float]]], log_y: bool = True) -> list[Panel]:
-        found = []
-        for row in rows:
-            if values := points.get(row["trial"]):
-                x, y = np.array(values, dtype=np.float64).T
-                found.append(Curve(row["trial"], x, y, named.get(row["trial"]), ends.get(row["state"], "")))
-        return [Panel(title, "epoch", ylabel, found, log_y)] if found else []
-
-    def rungs(metric: str) -> dict[str, list[tuple[int, float]]]:
-        return {row["trial"]: [(r["epoch"], r[metric]) for r in row["rungs"] if r[metric] is not None] for row in rows}
-
-    def logged(tag: str) -> dict[str, list[tuple[int, float]]]:
-        return {trial: tags.get(tag, []) for trial, tags in curves.items()}
-
-    metric = config["early_stopping"]["metric"]
-    if metric == "auto":  # what it came to, is what was measured
-        metric = next((name for name in METRICS if any(rungs(name).values())), "frechet")
-    panels = [
-        *panel("At each rung", METRICS[metric], rungs(metric), log_y=metric != "score"),
-        *panel("Training loss", "epsilon-MSE", logged("train/loss")),
-        *panel("Learning rate", "learning rate", logged("train/learning_rate")),
-    ]
-    if not panels:
-        return "<p>No trial has reported yet.</p>"
-    text = (
-        "Circle: finished. Cross: stopped or failed there. Only what is measured at a rung decides who is stopped. The "
-        "training loss of two schedules is not comparable, for each draws its own noise levels: a lower one is not a "
-        "better model."
-    )
-    return f'<p class="quiet">{text}</p>' + _legend(rows, named) + _panels(panels)
 
 
 def _all_trials(rows: Sequence[Row], ranked: dict[str, Row]) -> str:

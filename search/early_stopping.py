@@ -8,6 +8,7 @@ import numpy as np
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from evaluation.rung import objective
 from search.config import EarlyStoppingConfig
 from search.records import Live, Records
 
@@ -35,13 +36,6 @@ class RungScheduler(Live, FIFOScheduler):
         super().__init__()
         self.config, self.metric_name, self.rungs, self.epochs, self.records = config, metric, rungs, epochs, records
 
-    def objective(self, rung: dict[str, Any]) -> float:
-        """The value to be made small."""
-        value = rung.get(self.metric_name)
-        if value is None:
-            return math.inf
-        return -value if self.metric_name == "score" else value
-
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         key = trial.config["trial"]
         if failure := result.get("failure"):
@@ -53,16 +47,17 @@ class RungScheduler(Live, FIFOScheduler):
             return TrialScheduler.STOP
         root = f"{self.records.run.root}/"
         path = result.get("checkpoint_path")
+        decided = self.records[key].rung(epoch) is not None  # a report that comes twice is compared once
         row = self.records.report(key, result, path.removeprefix(root) if path else None)
         if epoch >= self.epochs:
             # Its process ends by itself: nothing of it is cut short by a stop.
             self.records.update(key, state="completed", reason=None)
-        elif epoch in self.rungs and self.config.scheduler == "asha":
+        elif epoch in self.rungs and not decided and self.config.scheduler == "asha":
             rung = row.rung(epoch)
             assert rung is not None
-            value = self.objective(rung)
+            value = objective(rung, self.metric_name)
             others = [other.rung(epoch) for other in self.records if other.trial != key]
-            earlier = [self.objective(other) for other in others if other is not None]
+            earlier = [objective(other, self.metric_name) for other in others if other is not None]
             if not goes_on(value, earlier, self.config.reduction):
                 better = sum(v < value for v in earlier)
                 place = f"{better + 1} of {len(earlier) + 1}"

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from cluster import capacity, connect
-from evaluation import export, pictures, reference, report, stage
+from evaluation import export, pictures, reference, report, report_figures, stage
 from evaluation.reference import Reference
 from evaluation.rung import Metric
 from evaluation.sampling import sample_images
@@ -196,7 +196,7 @@ def write_report(
             if not run.is_local:
                 for name in run.names(f"tensorboard/{trial}"):
                     (folder / name).write_bytes(run.read(f"tensorboard/{trial}/{name}"))
-            curves[trial] = report.read_curves(folder)
+            curves[trial] = report_figures.read_curves(folder)
     commands = [f"ddpm-search run {run.uri}/{CONFIG} --name {config.name}-again", f"ddpm-search status {run.uri}"]
     page = report.render(
         run_name=config.name,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from evaluation import report
+from evaluation import report, report_figures
 
 CONFIG = {
     "name": "digits",
@@ -199,8 +199,8 @@ def test_no_text_can_become_markup():
 
 
 def test_a_resumed_trials_epochs_are_read_once_with_their_latest_value(tmp_path: Path):
-    assert report.read_curves(tmp_path) == {}
-    assert report.read_curves(tmp_path / "nowhere") == {}
+    assert report_figures.read_curves(tmp_path) == {}
+    assert report_figures.read_curves(tmp_path / "nowhere") == {}
     with SummaryWriter(str(tmp_path), purge_step=1) as writer:
         for epoch in range(1, 6):
             writer.add_scalar("train/loss", 1 / epoch, epoch)
@@ -211,7 +211,7 @@ def test_a_resumed_trials_epochs_are_read_once_with_their_latest_value(tmp_path:
             writer.add_scalar("train/loss", 10 + epoch, epoch)
     with SummaryWriter(str(tmp_path)) as writer:  # a restart that was not logged as one
         writer.add_scalar("train/loss", 20.0, 7)
-    curves = report.read_curves(tmp_path)
+    curves = report_figures.read_curves(tmp_path)
     epochs, losses = zip(*curves["train/loss"], strict=True)
     assert epochs == (1, 2, 3, 4, 5, 6, 7)
     assert losses == pytest.approx([1, 1 / 2, 1 / 3, 14, 15, 16, 20])  # events are float32
@@ -222,4 +222,4 @@ def test_long_curves_are_read_whole(tmp_path: Path):
     with SummaryWriter(str(tmp_path)) as writer:
         for epoch in range(1, 1301):  # more than the accumulator keeps by default
             writer.add_scalar("train/loss", float(epoch), epoch)
-    assert report.read_curves(tmp_path)["train/loss"] == [(epoch, float(epoch)) for epoch in range(1, 1301)]
+    assert report_figures.read_curves(tmp_path)["train/loss"] == [(epoch, float(epoch)) for epoch in range(1, 1301)]
