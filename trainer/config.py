@@ -160,14 +160,11 @@ class TrainConfig(Config):
     speed: SpeedConfig = SpeedConfig()
     seed: int = Field(0, ge=0)
     workers: int = Field(1, ge=1, description="DDP workers of one training")
-    min_workers: int | None = Field(None, ge=1, description="go on with as few where a node is lost")
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainConfig":
         if not all(0 <= decay < 1 for decay in self.ema_decays) or len(set(self.ema_decays)) != len(self.ema_decays):
             raise ValueError(f"ema_decays must be different numbers in [0, 1), but got {list(self.ema_decays)}")
-        if self.min_workers is not None and self.min_workers > self.workers:
-            raise ValueError(f"min_workers <= workers must hold, but got {self.min_workers} and {self.workers}")
         if self.batch_size < self.workers:
             raise ValueError(
                 f"batch_size >= workers must hold, but got batch_size={self.batch_size}, workers={self.workers}"

@@ -34,10 +34,8 @@ def fit(
     """Trains in `config.workers` processes and returns the last reported metrics.
 
     Checkpoints go to RUN/train/<name>; the same name goes on from the newest whole one there. A worker that dies
-    is replaced, up to three times; where its node is gone, the others go on if they are `config.min_workers`.
-    Metrics hold `failure` where training cannot go on: see TrainingFailedError.
+    is replaced, up to three times. Metrics hold `failure` where training cannot go on: see TrainingFailedError.
     """
-    workers = config.workers if config.min_workers is None else (config.min_workers, config.workers)
     trainer = ray.train.torch.TorchTrainer(
         _train_on_worker,
         train_loop_config={
@@ -49,7 +47,7 @@ def fit(
             "report_seconds": report_seconds,
         },
         torch_config=ray.train.torch.TorchConfig(timeout_s=config.hang_seconds),
-        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu, placement_strategy="PACK"),
+        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=use_gpu, placement_strategy="PACK"),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=run.at("train").root,
