@@ -33,8 +33,8 @@ def make_checkpoint(seed: int = 0) -> Checkpoint:
         ),
     )
     weights = [model.build(config.model, SHAPE, config.dropout, s).state_dict() for s in (seed, seed + 1)]
-    meta = {"config": config.model_dump(mode="json"), "image_shape": SHAPE, "step": 10, "epoch": 1}
-    return Checkpoint(meta, {"model": weights[0], "ema": weights[1]})
+    meta = {"config": config.model_dump(mode="json"), "image_shape": SHAPE, "step": 10, "epoch": 1, "ema_decay": 0.99}
+    return Checkpoint(meta, {"model": weights[0], "ema": {"0.99": weights[1]}})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,9 +64,9 @@ def test_loaded_export_is_the_ema_model_its_betas_to_the_last_bit_and_its_shape(
     assert (betas == schedules.betas(**checkpoint.config.schedule.model_dump())).all()
     assert shape == SHAPE
     assert not denoiser.training
-    assert denoiser.state_dict().keys() == checkpoint.state["ema"].keys()
+    assert denoiser.state_dict().keys() == checkpoint.state["ema"]["0.99"].keys()
     for name, weight in denoiser.state_dict().items():
-        assert torch.equal(weight, checkpoint.state["ema"][name])
+        assert torch.equal(weight, checkpoint.state["ema"]["0.99"][name])
     assert any(not torch.equal(w, checkpoint.state["model"][name]) for name, w in denoiser.state_dict().items())
 
 
@@ -101,7 +101,7 @@ def test_earlier_export_and_empty_folder_are_replaced(tmp_path: Path):
     assert (tmp_path / "out" / "README.md").read_text() == "second"
     assert not (tmp_path / "out" / "leftover").exists()
     weights = export.load_export(tmp_path / "out")[0].state_dict()
-    assert all(torch.equal(weight, second.state["ema"][name]) for name, weight in weights.items())
+    assert all(torch.equal(weight, second.state["ema"]["0.99"][name]) for name, weight in weights.items())
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "provenance.json"])
