@@ -9,8 +9,10 @@ demo: .venv/installed
 		echo "An unfinished demo is in runs/demo: resuming it."; \
 		$(BIN)/ddpm-search resume runs/demo; \
 	else \
-		[ ! -d runs/demo ] || echo "A finished demo is in runs/demo: starting afresh."; \
-		rm -rf runs/demo; \
+		if [ -f runs/demo/samples.png ]; then \
+			echo "A finished demo is in runs/demo: starting afresh."; \
+			rm -rf runs/demo; \
+		fi; \
 		$(BIN)/ddpm-search run digits --name demo; \
 	fi
 

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ def connected(address: str | None = None) -> Iterator[Connection]:
         os.environ |= ENVIRONMENT | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         context = ray.init(address="local", include_dashboard=True, dashboard_host="127.0.0.1", **quiet)
     else:
+        _check_answers(str(address))
         try:
             context = ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT}, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -55,3 +57,17 @@ def connected(address: str | None = None) -> Iterator[Connection]:
         yield Connection(dashboard=context.dashboard_url or "", local=local)
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raises ConnectError at once where nothing listens: Ray itself tries for more than a minute."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():  # auto, or a Ray client's address
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise ConnectError(
+            f"nothing answers at --address {address} ({error}); start a cluster with `ray start --head`, "
+            "or leave --address out to use this machine"
+        ) from error

@@ -1,5 +1,6 @@
 """What images are judged by: the extractor, and what it makes of real images and of pure noise."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ class Reference:
     train: FeatureStatistics
     held_out: Extraction
     noise: Extraction
-    key: str  # of the data: part of what a shard's results depend on
+    key: str  # of the data and the classifier's weights: what a shard's results depend on
 
     @property
     def accuracy(self) -> float | None:
@@ -51,8 +52,18 @@ def prepare(
         train=FeatureStatistics.of(extractor.extract(splits.train.pixels).features),
         held_out=extractor.extract(held_out),
         noise=extractor.extract(noise),
-        key=key,
+        key=f"{key}-{_weights_hash(extractor)}",
     )
+
+
+def _weights_hash(extractor: Classifier | Inception) -> str:
+    """Of a classifier, which another machine trains differently; Inception's file is hash-checked already."""
+    if isinstance(extractor, Inception):
+        return extractor.name
+    digest = hashlib.sha256()
+    for name, value in sorted(extractor.net.state_dict().items()):
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _extractor(

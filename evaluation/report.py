@@ -255,12 +255,13 @@ def _all_trials(rows: Sequence[Row], ranked: dict[str, Row]) -> str:
 def _cost(config: dict[str, Any], rows: Sequence[Row]) -> str:
     spent, saved = savings(rows, config["train"]["epochs"])
     stopped = sum(row["state"] == "stopped" for row in rows)
+    trained = sum(row["worker_seconds"] > 0 for row in rows)
     text = f"<p>Training, with the scores at rungs, took <strong>{_num(spent / 3600, 3)} worker-hours</strong>."
     if not spent:
         text = "<p>No training time has been spent yet."
     elif stopped:
         text += (
-            f" {_count(stopped, 'trial')} of {len(rows):,} stopped early: in full they would have taken about "
+            f" {_count(stopped, 'trial')} of {trained:,} stopped early: in full they would have taken about "
             f"{_num(saved / 3600, 3)} worker-hours more, so stopping saved {saved / (spent + saved):.0%} of the "
             "training (epochs left, at the mean cost of an epoch)."
         )

@@ -54,7 +54,11 @@ def run(
     splits = pipeline.preflight(settings, console)
     pipeline.begin(settings, place)
     console.print(f"Run:            {place.uri}")
-    _go(settings, place, splits, address)
+    try:
+        _go(settings, place, splits, address)
+    except Exception:
+        pipeline.give_up(place)
+        raise
 
 
 @app.command()

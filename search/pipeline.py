@@ -15,10 +15,11 @@ from rich.console import Console
 
 from cluster import capacity, connect
 from evaluation import export, pictures, reference, report, report_figures, stage
+from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
 from evaluation.rung import Metric
 from evaluation.sampling import sample_images
-from search import tuner, watch
+from search import lease, tuner, watch
 from search.config import SearchConfig, UserError
 from search.records import CONFIG, Records, Row, open_run
 from trainer import checkpoint, data
@@ -44,6 +45,13 @@ def begin(config: SearchConfig, run: Storage) -> None:
         raise UserError(f"--storage {run.uri} cannot be written: {error}; give a folder that can") from error
 
 
+def give_up(run: Storage) -> None:
+    """Takes back what `begin` wrote where no trial was begun: a corrected command may have the name."""
+    if not len(Records.load(run)):
+        for name in (CONFIG, tuner.JOURNAL, "tune"):
+            run.delete(name)
+
+
 def preflight(config: SearchConfig, console: Console) -> Splits:
     """Everything that can be refused before Ray starts; decodes the images where they are not. Raises UserError."""
     try:
@@ -64,12 +72,18 @@ def preflight(config: SearchConfig, console: Console) -> Splits:
                 f"but is {config.train.batch_size}"
             )
     except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
+        message = str(error)
+        raise UserError(f"train.{message}" if message.startswith(("data.", "model.")) else message) from error
     return splits
 
 
 def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
     """Does whatever of a run is not done yet. Raises KeyboardInterrupt where the user interrupts it."""
+    with lease.held(run):
+        _go(config, run, splits, address, console)
+
+
+def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
     records = Records.load(run)
     with connect.connected(address) as ray:
         if ray.dashboard:
@@ -91,12 +105,15 @@ def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, 
             with view.shown():
                 tuner.search(config, run, records, metric, scorer, at_once, cluster.use_gpu, view.changed)
             console.print(view.summary())
-            console.print(watch.trials_table(records, metric, config.train.epochs), "")
+            table = watch.trials_table(records, metric, config.train.epochs)
+            console.print(table, *watch.reasons(records), "", sep="\n")
         if judge is None:
             console.print("No final stage: the data has no labels, and final.inception_weights is not given.")
         else:
             evaluate(config, run, records, judge, metric, cluster, console)
     finish(config, run, records, judge, splits, console)
+    if judge is not None and not run.exists(RANKING):
+        raise SystemExit(f"ddpm-search: no trial came to a checkpoint: nothing to rank; see {run.uri}/{REPORT}")
 
 
 def evaluate(
@@ -108,10 +125,9 @@ def evaluate(
     cluster: capacity.Capacity,
     console: Console,
 ) -> None:
-    """The final stage and ranking.json."""
+    """The final stage and ranking.json, where any trial came to a checkpoint."""
     candidates = _candidates(config, records, metric)
     if not candidates:
-        console.print("No trial was trained to a checkpoint: nothing to rank.")
         return
     final = config.final
     with watch.progress_bar(
@@ -183,12 +199,13 @@ def write_report(
     """RUN/report/index.html, from whatever there is."""
     samples = {}
     if ranked and judge:
+        # As it was ranked, which `evaluate` may have been told to do otherwise than config.yaml.
+        drawn = {name: ranked[name] for name in ("images", "split_size", "sampler")}
+        final = FinalStageConfig.model_validate(config.final.model_dump() | drawn)
         for row in ranked["trials"]:
             stored = records[row["trial"]].checkpoint
             if row["rank"] is not None and stored:
-                samples[row["trial"]] = stage.kept_images(
-                    run, stage.Candidate(row["trial"], stored), config.final, judge
-                )
+                samples[row["trial"]] = stage.kept_images(run, stage.Candidate(row["trial"], stored), final, judge)
     curves = {}
     for trial in run.names("tensorboard"):
         with tempfile.TemporaryDirectory() as scratch:
@@ -253,8 +270,8 @@ def choose_metric(config: SearchConfig, judge: Reference | None, console: Consol
 
 def evaluate_again(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
     """The final stage, ranking, report and export of a run whose search is over or interrupted."""
-    records = Records.load(run)
-    with connect.connected(address):
+    with lease.held(run), connect.connected(address):
+        records = Records.load(run)
         judge = _reference(config, splits, console)
         if judge is None:
             raise UserError("nothing can judge these images: the data has no labels, so give final.inception_weights")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -112,6 +112,12 @@ def trials_table(rows: Iterable[Row], metric: str, epochs: int, limit: int | Non
     return table
 
 
+def reasons(rows: Iterable[Row]) -> list[Text]:
+    """A line for each trial that was never ranked, since a table has room for reasons in wide terminals only."""
+    told = [row for row in rows if row.state in ("screened", "failed")]
+    return [Text(f"{row.trial} {row.state}: {row.reason}", style="dim") for row in told[-SHOWN:]]
+
+
 class SearchView:
     """The leaderboard of a running search: live in a terminal, a line a finished trial elsewhere."""
 
@@ -135,7 +141,8 @@ class SearchView:
         return f"{ended} of {self.trials} trials done ({counts}), {_clock(elapsed)} gone{eta}"
 
     def __rich__(self) -> Group:
-        return Group(trials_table(self.records, self.metric, self.epochs, SHOWN), Text(self.summary(), style="bold"))
+        table = trials_table(self.records, self.metric, self.epochs, SHOWN)
+        return Group(table, *reasons(self.records), Text(self.summary(), style="bold"))
 
     def changed(self) -> None:
         """Called when the record may have changed."""
@@ -166,7 +173,7 @@ def progress_bar(console: Console, what: str) -> Iterator[Callable[[int, int], N
         console.print(what)
         yield lambda done, total: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,}"))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TextColumn("to go"), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

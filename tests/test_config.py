@@ -42,7 +42,7 @@ def test_a_config_written_out_is_read_back_the_same():
             "train.schedule={family: sigmoid, start: 3, end: 3}",
             ["start < ", "start=3.0, end=3.0", "use start=0, end=3"],
         ),
-        ("known_points+={family: sigmoid, start: 3, end: 3}", ["known_points.5", "start=3.0", "use start=0, end=3"]),
+        ("known_points+={family: sigmoid, start: 3, end: 3}", ["known_points.6", "start=3.0", "use start=0, end=3"]),
         ("space.families={sigmoid: {start: 3, end: 3}}", ["start=3.0, end=3.0", "use start=0, end=3"]),
         ("space.families={linear: {start: 1e-4, end: 0.02, tau: 2}}", ["linear.tau", "left out", "got 2"]),
         ("space.families={}", ["space.families", "at least 1"]),
@@ -86,7 +86,7 @@ def test_a_number_that_yaml_1_1_reads_as_text_is_a_number():
 
 
 def test_appending_adds_to_the_default_list():
-    config = load("digits", ["known_points+={family: cosine, start: 0.1, end: 1}", "early_stopping.rungs+=0.5"])
+    config = load("cifar10", ["known_points+={family: cosine, start: 0.1, end: 1}", "early_stopping.rungs+=0.5"])
     assert config.known_points[:-1] == KNOWN_POINTS
     assert config.known_points[-1].start == 0.1
     assert config.early_stopping.rungs == (1 / 9, 1 / 3, 0.5)

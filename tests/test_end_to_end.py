@@ -154,12 +154,24 @@ def test_interrupting_keeps_what_is_done_and_says_how_to_go_on(environment, tmp_
     wait_for(
         lambda: place.exists("trials.parquet") and any(r.state == "running" for r in Records.load(place)), 120, process
     )
+    second = run(environment, "resume", str(tmp_path / "stop"))
+    assert second.returncode == 2
+    assert f"is being worked on by process {process.pid}" in second.stderr
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 130
     assert f"ddpm-search resume {place.uri}" in errors
     assert "Traceback" not in errors
     assert any(row.state == "running" for row in Records.load(place))
+    assert not place.exists("lease.json")
+
+
+def test_a_command_that_is_refused_late_leaves_its_name_free(environment, tmp_path):
+    for wrong in (("--set", "final.extractor=inception"), ("--address", "127.0.0.1:1")):
+        done = run(environment, "run", "digits", "--name", "again", "--storage", str(tmp_path), *wrong)
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert not Storage(tmp_path / "again").names()
 
 
 def test_the_winner_loads_where_only_diffusers_is(environment, tmp_path):

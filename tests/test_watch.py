@@ -182,3 +182,15 @@ def test_a_wide_ranking_shows_intervals_ties_and_why_a_trial_has_no_score(rankin
     for part in ("8.743–9.040", "1200.50–1300.50", "0.86", "2.0e-03", "t0002-sigmoid, t0003-cosine, t0004-cosine"):
         assert part in first
     assert "its checkpoint is damaged" in text
+
+
+def test_a_progress_bar_shows_in_a_terminal_before_anything_is_known():
+    console = Console(force_terminal=True, file=io.StringIO(), width=100)
+    with watch.progress_bar(console, "Drawing") as progress:
+        progress(1, 4)
+    assert "1/4" in console.file.getvalue()
+
+
+def test_reasons_of_trials_that_are_not_ranked_are_told_whatever_the_width(row):
+    told = [text.plain for text in watch.reasons([row("t0001-linear", state="screened", reason="prior KL is 0.6")])]
+    assert told == ["t0001-linear screened: prior KL is 0.6"]
