@@ -1,5 +1,7 @@
 """What several test files share."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,20 @@ from search.records import Records, Row
 from trainer.storage import Storage
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
+ended: list[int] = []
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    ended.append(int(exitstatus))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ends with the tests' own status: native threads of pyarrow and torch have crashed the interpreter's shutdown."""
+    if ended:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended[0])
 
 
 @pytest.fixture
