@@ -51,7 +51,7 @@ def test_a_driver_on_another_machine_lives_while_its_heart_beats(tmp_path, age, 
 def test_a_damaged_lease_keeps_nobody_out(tmp_path):
     Storage(tmp_path).write(lease.FILE, b"{")
     with lease.held(Storage(tmp_path)):
-        pass
+        assert Storage(tmp_path).read_json(lease.FILE)["pid"] == os.getpid()
 
 
 def test_an_error_gives_the_lease_back(tmp_path):
