@@ -116,7 +116,12 @@ def evaluate(
     settings, place, _ = pipeline.open_run(path)
     final = settings.final.model_copy(update={k: v for k, v in {"top": top, "images": images}.items() if v is not None})
     settings = settings.model_copy(update={"final": final})
-    pipeline.evaluate_again(settings, place, pipeline.preflight(settings, console), address, console)
+    splits = pipeline.preflight(settings, console)
+    try:
+        pipeline.evaluate_again(settings, place, splits, address, console)
+    except KeyboardInterrupt:
+        print("\nInterrupted; images that were drawn are kept. The same command goes on from there.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 @app.command()

@@ -21,6 +21,7 @@ from evaluation.rung import Metric
 from evaluation.sampling import sample_images
 from search import lease, tuner, watch
 from search.config import SearchConfig, UserError
+from search.interrupt import Interrupt
 from search.records import CONFIG, Records, Row, open_run
 from trainer import checkpoint, data
 from trainer.data import Splits
@@ -85,7 +86,7 @@ def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, 
 
 def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
     records = Records.load(run)
-    with connect.connected(address) as ray:
+    with connect.connected(address) as ray, Interrupt().handled() as interrupt:
         if ray.dashboard:
             console.print(f"Ray dashboard:  http://{ray.dashboard}")
         console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.uri + '/tensorboard')}")
@@ -103,7 +104,7 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
             console.print(f"Searching: {left} trials of {config.train.epochs} epochs, {at_once} at once\n")
             view = watch.SearchView(console, records, metric, config.train.epochs, config.trials)
             with view.shown():
-                tuner.search(config, run, records, metric, scorer, at_once, cluster.use_gpu, view.changed)
+                tuner.search(config, run, records, metric, scorer, at_once, cluster.use_gpu, view.changed, interrupt)
             console.print(view.summary())
             table = watch.trials_table(records, metric, config.train.epochs)
             console.print(table, *watch.reasons(records), "", sep="\n")
@@ -270,7 +271,7 @@ def choose_metric(config: SearchConfig, judge: Reference | None, console: Consol
 
 def evaluate_again(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
     """The final stage, ranking, report and export of a run whose search is over or interrupted."""
-    with lease.held(run), connect.connected(address):
+    with lease.held(run), connect.connected(address), Interrupt().handled():
         records = Records.load(run)
         judge = _reference(config, splits, console)
         if judge is None:

@@ -10,12 +10,13 @@ from typing import Any
 import optuna
 from optuna.storages.journal import JournalFileBackend
 from ray import tune
-from ray.tune import Callback
+from ray.tune import Callback, Stopper
 
 from evaluation.rung import RungScorer
 from search import trial
 from search.config import SearchConfig
 from search.early_stopping import RungScheduler
+from search.interrupt import Interrupt
 from search.records import Live, Records
 from search.searcher import HonestOptunaSearch
 from trainer.storage import Storage
@@ -25,6 +26,7 @@ TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial's report has no score
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the training writes its own TensorBoard events
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # our record is what a search is resumed from
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # interrupt.py takes it
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 ENDED = ("completed", "stopped", "failed", "reused")
@@ -44,6 +46,7 @@ def search(
     at_once: int,
     use_gpu: bool,
     changed: Callable[[], None],
+    interrupt: Interrupt,
 ) -> None:
     """Runs the search to the end of its budget. changed() is called in this process as trials come on.
 
@@ -81,13 +84,17 @@ def search(
             storage_filesystem=run.fs,
             failure_config=tune.FailureConfig(max_failures=3),
             callbacks=[watcher],
+            stop=_Stop(interrupt),
             verbose=0,
         ),
     )
-    tuner.fit()
+    with interrupt.awaited():
+        tuner.fit()
     watcher.copy_journal()
-    if trials_left(config, records):
+    if interrupt.requested:
         raise KeyboardInterrupt
+    if left := trials_left(config, records):
+        raise RuntimeError(f"Ray Tune ended with {left} trials left; go on with: ddpm-search resume {run.uri}")
 
 
 def _fresh_journal(run: Storage) -> Path:
@@ -96,6 +103,19 @@ def _fresh_journal(run: Storage) -> Path:
     for name in (JOURNAL, f"{JOURNAL}.lock"):
         (folder / name).unlink(missing_ok=True)
     return folder / JOURNAL
+
+
+class _Stop(Live, Stopper):
+    """Ends a search that the user interrupted."""
+
+    def __init__(self, interrupt: Interrupt):
+        self.interrupt = interrupt
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.interrupt.requested
 
 
 class _Watcher(Live, Callback):

@@ -1,9 +1,7 @@
 """The verbs that need no run and no Ray: train, sample, score, schedule show and compare."""
 
 import json
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from search.config import KNOWN_POINTS, SearchConfig, UserError, explain
+from search.interrupt import Interrupt
 from trainer import schedules
 from trainer.config import ScheduleConfig
 
@@ -204,15 +203,7 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
         shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if metrics.get(name) is not None)
         console.print(f"epoch {metrics['epoch']:>5}  {shown}")
 
-    # Ctrl-C ends a training between two steps, never within one; a second one ends it at once.
-    interrupted = threading.Event()
-
-    def interrupt(number: int, frame: Any) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, interrupt)
-    with progress_bar(console, "epochs") as progress:
+    with Interrupt().handled() as interrupt, interrupt.awaited(), progress_bar(console, "epochs") as progress:
         try:
             local.fit(
                 config.train,
@@ -225,13 +216,11 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
                 rungs=config.rung_epochs(),
                 log=lambda metrics: progress(metrics["epoch"], config.train.epochs),
                 report_seconds=config.report_seconds,
-                stop=interrupted.is_set,
+                stop=lambda: interrupt.requested,
             )
         except (loop.TrainingFailedError, loop.WorkerFailedError) as error:
             raise SystemExit(f"ddpm-search: training failed: {error}") from None
         except loop.InterruptedTrainingError:
             print(f"\nInterrupted; a checkpoint is in {out}. The same command goes on from there.", file=sys.stderr)
             raise SystemExit(130) from None
-        finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
     console.print(f"Checkpoints:    {out}")

@@ -124,21 +124,28 @@ class SearchView:
     def __init__(self, console: Console, records: Records, metric: str, epochs: int, trials: int):
         self.console, self.records, self.metric, self.epochs, self.trials = console, records, metric, epochs, trials
         self.began = time.monotonic()
-        self.ended_before = self._ended()
+        self.epochs_before = sum(row.epoch for row in records)
         self.said = {row.trial: row.state for row in records}
         self.live: Live | None = None
-
-    def _ended(self) -> int:
-        return sum(row.state not in ("running", "screened") for row in self.records)
 
     def summary(self) -> str:
         """Trials by state, time gone and time to go."""
         states: list[str] = [row.state for row in self.records]
         counts = ", ".join(f"{states.count(s)} {s}" for s in STATE_STYLE if states.count(s))
-        elapsed, ended = time.monotonic() - self.began, self._ended()
-        rate = (ended - self.ended_before) / elapsed
-        eta = f", about {_clock((self.trials - ended) / rate)} to go" if rate > 0 and ended < self.trials else ""
+        elapsed = time.monotonic() - self.began
+        ended = sum(state not in ("running", "screened", "reused") for state in states)
+        rate = (sum(row.epoch for row in self.records) - self.epochs_before) / elapsed
+        eta = f", about {_clock(self._epochs_left() / rate)} to go" if rate > 0 and ended < self.trials else ""
         return f"{ended} of {self.trials} trials done ({counts}), {_clock(elapsed)} gone{eta}"
+
+    def _epochs_left(self) -> float:
+        """Epochs to be expected of the trials that have not ended: as many as of those that have, on average."""
+        ended = [row.epoch for row in self.records if row.state in ("completed", "stopped")]
+        length = (self.epochs + sum(ended)) / (1 + len(ended))  # the first is expected to be trained in full
+        running = [row.epoch for row in self.records if row.state == "running"]
+        gone = sum(row.state in ("completed", "stopped", "failed") for row in self.records)
+        unstarted = max(0, self.trials - gone - len(running))
+        return unstarted * length + sum(max(length - epoch, 0.0) for epoch in running)
 
     def __rich__(self) -> Group:
         table = trials_table(self.records, self.metric, self.epochs, SHOWN)

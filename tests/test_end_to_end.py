@@ -149,7 +149,8 @@ def test_a_killed_search_is_resumed_without_losing_a_trial_or_an_epoch(environme
     assert pq.read_table(io.BytesIO(place.read("trials.parquet"))).num_rows == len(after)
 
 
-def test_interrupting_keeps_what_is_done_and_says_how_to_go_on(environment, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupting_keeps_what_is_done_and_says_how_to_go_on(environment, tmp_path, number):
     place = Storage(tmp_path / "stop")
     arguments = ("run", "digits", "--name", "stop", "--storage", str(tmp_path), *settings(*SMALL, "train.epochs=500"))
     process = subprocess.Popen((*COMMAND, *arguments), env=environment, text=True, stderr=subprocess.PIPE)
@@ -159,10 +160,10 @@ def test_interrupting_keeps_what_is_done_and_says_how_to_go_on(environment, tmp_
     second = run(environment, "resume", str(tmp_path / "stop"))
     assert second.returncode == 2
     assert f"is being worked on by process {process.pid}" in second.stderr
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 130
-    assert f"ddpm-search resume {place.uri}" in errors
+    assert errors.index("Stopping") < errors.index(f"ddpm-search resume {place.uri}")
     assert "Traceback" not in errors
     assert any(row.state == "running" for row in Records.load(place))
     assert not place.exists("lease.json")

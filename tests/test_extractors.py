@@ -52,6 +52,7 @@ def same_weights(a: Classifier, b: Classifier) -> bool:
 # The classifier
 
 
+@pytest.mark.slow
 def test_digits_classifier_knows_held_out_digits(digits_classifier):
     _, _, held_out, truth = split_digits(0)
     judged = digits_classifier.extract(held_out)
@@ -73,6 +74,7 @@ def test_digits_classifier_knows_held_out_digits_of_every_split(seed):
     assert train_classifier(*split_digits(seed), seed=seed).accuracy >= 0.985
 
 
+@pytest.mark.slow
 def test_extraction_has_the_promised_shapes(digits_classifier):
     judged = digits_classifier.extract(split_digits(0)[2][:5])
     assert judged.probabilities.shape == (5, 10)
@@ -83,6 +85,7 @@ def test_extraction_has_the_promised_shapes(digits_classifier):
     assert (digits_classifier.name, digits_classifier.score_name) == ("classifier", "classifier score")
 
 
+@pytest.mark.slow
 def test_extraction_does_not_depend_on_the_batch_size(digits_classifier):
     images = split_digits(0)[2]
     whole, pieces = digits_classifier.extract(images, 360), digits_classifier.extract(torch.as_tensor(images), 7)
