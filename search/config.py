@@ -122,15 +122,27 @@ class EarlyStoppingConfig(Config):
         return self
 
 
+class ReuseConfig(Config):
+    """When two configurations are the same but for rounding, so that one training speaks for both.
+
+    All three must hold, and seed, T, batch size and model be equal. `alpha_bar: 0` trains every one.
+    """
+
+    alpha_bar: float = Field(0.01, ge=0, description="the largest difference of the two curves is below this")
+    log_learning_rate: float = Field(0.02, ge=0, description="largest difference of the natural logarithms")
+    dropout: float = Field(0.005, ge=0, description="largest difference")
+
+
 class SearchConfig(Config):
     """One search: what is trained, what is varied, what stops a trial, and how the best are ranked."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
     seed: int = Field(0, ge=0)
-    trials: int = Field(50, ge=1, description="trainings started; screened configurations do not count")
+    trials: int = Field(50, ge=1, description="trainings started; what is screened or reused does not count")
     train: TrainConfig = TrainConfig()
     space: SpaceConfig = SpaceConfig()
     known_points: tuple[KnownPoint, ...] = KNOWN_POINTS
+    reuse: ReuseConfig = ReuseConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     final: FinalStageConfig = FinalStageConfig()
     runner: Literal["train", "reuse"] = Field(

@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("state", pa.string(), nullable=False),
         pa.field("reason", pa.string()),
+        pa.field("same_as", pa.string()),
         pa.field("epoch", pa.int64(), nullable=False),
         pa.field(
             "rungs",
@@ -58,6 +59,7 @@ class Row:
     seed: int
     state: State = "running"
     reason: str | None = None
+    same_as: str | None = None  # of a reused row: the trial that was trained for it
     epoch: int = 0
     rungs: list[dict[str, Any]] = field(default_factory=list)
     worker_seconds: float = 0.0

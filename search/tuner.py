@@ -27,11 +27,11 @@ TUNE_ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # our record is what a search is resumed from
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-ENDED = ("completed", "stopped", "failed", "reused")
+ENDED = ("completed", "stopped", "failed")
 
 
 def trials_left(config: SearchConfig, records: Records) -> int:
-    """Trainings still to be started or finished; screened configurations count in no budget."""
+    """Trainings still to be started or finished; what is screened or reused counts in no budget."""
     return max(0, config.trials - sum(row.state in ENDED for row in records))
 
 

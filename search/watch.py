@@ -18,7 +18,10 @@ from trainer.config import ScheduleConfig
 
 SHOWN = 16  # rows of the live table
 WRAPPED_WIDTH = 24  # characters that a column of several lines needs at least
-STATE_STYLE = {"running": "cyan", "completed": "green", "stopped": "yellow", "screened": "magenta", "failed": "red"}
+STATE_STYLE = {
+    "running": "cyan", "completed": "green", "stopped": "yellow", "reused": "blue", "screened": "magenta",
+    "failed": "red",
+}  # fmt: skip
 METRIC_TITLES = {"frechet": "Fréchet", "score": "score", "grid_loss": "grid loss"}
 
 
@@ -36,7 +39,7 @@ def in_order(rows: Iterable[Row], metric: str) -> list[Row]:
 
     def key(row: Row) -> tuple[Any, ...]:
         if not row.rungs:
-            return row.state in ("screened", "failed"), 0, 0.0, row.trial
+            return row.state in ("reused", "screened", "failed"), 0, 0.0, row.trial
         value = row.rungs[-1][metric]
         sign = -1 if metric == "score" else 1
         return (
@@ -114,7 +117,7 @@ def trials_table(rows: Iterable[Row], metric: str, epochs: int, limit: int | Non
 
 def reasons(rows: Iterable[Row]) -> list[Text]:
     """A line for each trial that was never ranked, since a table has room for reasons in wide terminals only."""
-    told = [row for row in rows if row.state in ("screened", "failed")]
+    told = [row for row in rows if row.state in ("reused", "screened", "failed")]
     return [Text(f"{row.trial} {row.state}: {row.reason}", style="dim") for row in told[-SHOWN:]]
 
 
@@ -129,7 +132,7 @@ class SearchView:
         self.live: Live | None = None
 
     def _ended(self) -> int:
-        return sum(row.state not in ("running", "screened") for row in self.records)
+        return sum(row.state not in ("running", "screened", "reused") for row in self.records)
 
     def summary(self) -> str:
         """Trials by state, time gone and time to go."""

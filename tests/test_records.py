@@ -18,8 +18,8 @@ from trainer.storage import Storage
 
 # DESIGN.md, section 6; `source` is ours: which rows are known points, so that a resumed search tries none twice.
 COLUMNS = [
-    "trial", "source", "family", "start", "end", "tau", "learning_rate", "dropout", "seed", "state", "reason", "epoch",
-    "rungs", "worker_seconds", "checkpoint",
+    "trial", "source", "family", "start", "end", "tau", "learning_rate", "dropout", "seed", "state", "reason",
+    "same_as", "epoch", "rungs", "worker_seconds", "checkpoint",
 ]  # fmt: skip
 
 
