@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from search import lease, tuner, watch
 from search.config import SearchConfig, UserError
 from search.records import CONFIG, Records, Row, open_run
 from trainer import checkpoint, data
+from trainer.config import TrainConfig
 from trainer.data import Splits
 from trainer.data_cache import cache_folder
 from trainer.storage import Storage
@@ -65,16 +66,32 @@ def preflight(config: SearchConfig, console: Console) -> Splits:
 
             data.prepare(config.train.data, progress)
         splits = data.load(config.train.data)
-        config.train.model.check_fits(splits.train.shape)
-        if config.train.batch_size > len(splits.train):
-            raise ValueError(
-                f"train.batch_size must be at most the number of training images, {len(splits.train)}, "
-                f"but is {config.train.batch_size}"
-            )
+        for where, training in _variants(config):
+            _check_fits(training, where, splits)
     except (ValueError, OSError) as error:
         message = str(error)
-        raise UserError(f"train.{message}" if message.startswith(("data.", "model.")) else message) from error
+        raise UserError(f"train.{message}" if message.startswith("data.") else message) from error
     return splits
+
+
+def _variants(config: SearchConfig) -> Iterator[tuple[str, TrainConfig]]:
+    """The base training, and it with each of the choices of space.train, with the prefix of its settings' names."""
+    yield "train.", config.train
+    for name, values in config.space.train.items():
+        for value in values:
+            yield f"space.train.{name}: ", config.training({name: value})
+
+
+def _check_fits(training: TrainConfig, where: str, splits: Splits) -> None:
+    try:
+        training.model.check_fits(splits.train.shape)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
+    if training.batch_size > len(splits.train):
+        raise ValueError(
+            f"{where}batch_size must be at most the number of training images, {len(splits.train)}, "
+            f"but is {training.batch_size}"
+        )
 
 
 def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:

@@ -205,7 +205,7 @@ def twin(config: SearchConfig, row: Row, records: Records) -> tuple[str, float] 
         (schedules.largest_difference(curve, _alpha_bar(config, other)), other.trial)
         for other in records
         if other.state in ("running", "completed", "stopped")
-        and other.seed == row.seed
+        and (other.seed, other.settings) == (row.seed, row.settings)
         and abs(math.log(other.learning_rate / row.learning_rate)) <= limits.log_learning_rate
         and abs(other.dropout - row.dropout) <= limits.dropout
     ]

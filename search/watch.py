@@ -34,6 +34,11 @@ def schedule_label(row: Row | dict[str, Any]) -> str:
     return schedule.label()
 
 
+def settings_label(settings: dict[str, Any]) -> str:
+    """batch_size 32, model.channels [16, 32]: what a trial has beside schedule, learning rate and dropout."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
 def in_order(rows: Iterable[Row], metric: str) -> list[Row]:
     """Best first: by how far a trial came, then by its last value there; screened and failed ones last."""
 
@@ -95,9 +100,11 @@ class FittedTable:
 
 def trials_table(rows: Iterable[Row], metric: str, epochs: int, limit: int | None = None) -> FittedTable:
     """The trials, best first."""
-    both = metric != "score"
+    rows, both = list(rows), metric != "score"
+    varied = any(row.settings for row in rows)
     table = FittedTable(
         Column("trial", "left"), Column("schedule", "left"), Column("lr", leaves=4), Column("dropout", leaves=3),
+        *([Column("settings", "left", leaves=6, wraps=True)] if varied else []),
         Column("epoch"), Column(METRIC_TITLES[metric]), *([Column("score", leaves=5)] if both else []),
         Column("seconds", leaves=2), Column("state", "left"), Column("reason", "left", leaves=1, wraps=True),
     )  # fmt: skip
@@ -106,7 +113,8 @@ def trials_table(rows: Iterable[Row], metric: str, epochs: int, limit: int | Non
         last = row.rungs[-1] if row.rungs else {}
         values = [last.get(metric)] + ([last.get("score")] if both else [])
         table.add_row(
-            row.trial, schedule_label(row), f"{row.learning_rate:.1e}", f"{row.dropout:.2f}", f"{row.epoch}/{epochs}",
+            row.trial, schedule_label(row), f"{row.learning_rate:.1e}", f"{row.dropout:.2f}",
+            *([settings_label(row.settings)] if varied else []), f"{row.epoch}/{epochs}",
             *("–" if value is None else f"{value:.4g}" for value in values), f"{row.worker_seconds:.0f}",
             Text(row.state, style=STATE_STYLE.get(row.state, "")), Text(row.reason or "", style="dim"),
         )  # fmt: skip

@@ -347,6 +347,25 @@ def test_another_seed_or_a_limit_of_zero_trains_it_again(records, changes):
     assert [row.state for row in search.records] == 2 * ["running"]
 
 
+def test_another_batch_size_is_another_trial_and_a_resumed_search_knows_both(records):
+    varied = {"train": {"batch_size": [32, 64], "model": [{"norm_groups": 4}, {"norm_groups": 8}]}}
+    known = [INSIDE, near(train={"batch_size": 32}), near(train={"batch_size": 64})]
+    search = make(records, known, space=CONFIG.space.model_dump() | varied)
+    for index in range(2):
+        suggest(search, f"id{index}")
+        finish(search, f"id{index}", "completed", 4.0 + index)
+    suggest(search, "id2")
+    rows = list(records)
+    assert [(row.state, row.settings["batch_size"]) for row in rows[:3]] == [
+        ("completed", 64), ("completed", 32), ("reused", 64)
+    ]  # fmt: skip
+    rebuilt = make(Records.load(records.run), known, space=CONFIG.space.model_dump() | varied)
+    assert summary(rebuilt._ot_study) == summary(search._ot_study)
+    assert len(summary(rebuilt._ot_study)) == 3
+    suggest(rebuilt, "new0")
+    assert list(rebuilt.records) == rows
+
+
 @pytest.mark.parametrize("state", ["stopped", "failed"])
 def test_a_stopped_trial_is_reused_as_stopped_and_a_failed_one_is_trained_anew(records, state):
     search = make(records, [INSIDE, INSIDE])
@@ -398,7 +417,7 @@ def test_a_rebuilt_study_knows_what_was_reused(records, ended):
 
 def test_a_search_that_finds_nothing_new_ends_and_so_does_a_resumed_one(records, monkeypatch):
     monkeypatch.setattr(searcher, "MAX_UNTRAINED_IN_A_ROW", 5)
-    fixed = {"families": {"cosine": {"start": 0.2, "end": 1}}, "learning_rate": 1e-3, "dropout": 0.0}
+    fixed = {"families": {"cosine": {"start": 0.2, "end": 1, "tau": 1}}, "learning_rate": 1e-3, "dropout": 0.0}
     search = make(records, space=fixed)
     suggest(search, "id0")
     assert search.suggest("id1") == search.FINISHED
