@@ -150,6 +150,18 @@ class EarlyStoppingConfig(Config):
         return self
 
 
+class SearcherConfig(Config):
+    """Who suggests: tpe, random, or a class of optuna.samplers by its name; `options` are its own."""
+
+    name: str = "tpe"
+    options: dict[str, Any] = Field({})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
 class ReuseConfig(Config):
     """When two configurations are the same but for rounding, so that one training speaks for both.
 
@@ -170,6 +182,7 @@ class SearchConfig(Config):
     train: TrainConfig = TrainConfig()
     space: SpaceConfig = SpaceConfig()
     known_points: tuple[KnownPoint, ...] = KNOWN_POINTS
+    searcher: SearcherConfig = SearcherConfig()
     reuse: ReuseConfig = ReuseConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     final: FinalStageConfig = FinalStageConfig()

@@ -19,7 +19,7 @@ from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
 from evaluation.rung import Metric
 from evaluation.sampling import sample_images
-from search import lease, tuner, watch
+from search import lease, samplers, tuner, watch
 from search.config import SearchConfig, UserError
 from search.records import CONFIG, Records, Row, open_run
 from trainer import checkpoint, data
@@ -55,6 +55,7 @@ def give_up(run: Storage) -> None:
 
 def preflight(config: SearchConfig, console: Console) -> Splits:
     """Everything that can be refused before Ray starts; decodes the images where they are not. Raises UserError."""
+    samplers.check(config)
     try:
         with contextlib.ExitStack() as stack:
             bars: list[Callable[[int, int], None]] = []  # made when there is something to decode

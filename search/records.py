@@ -100,7 +100,8 @@ class Records:
         # read_table would import pandas, 0.3 s; and a pool of threads for a small table aborts the process at its end
         # ("terminate called without an active exception") about once in a hundred times.
         table = pq.ParquetFile(io.BytesIO(run.read(FILE)), pre_buffer=False).read(use_threads=False)
-        rows = [row | {"settings": json.loads(row.get("settings") or "{}")} for row in table.to_pylist()]
+        known = [name for name in SCHEMA.names if name in table.column_names]  # another version's may differ
+        rows = [row | {"settings": json.loads(row.get("settings") or "{}")} for row in table.select(known).to_pylist()]
         return cls(run, {row["trial"]: Row(**row) for row in rows})
 
     def __iter__(self) -> Iterator[Row]:

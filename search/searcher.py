@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import warnings
 from itertools import takewhile
 from typing import Any
 
@@ -13,7 +12,7 @@ from pydantic import ValidationError
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from search import space
+from search import samplers, space
 from search.config import SearchConfig, UserError
 from search.records import Live, Records, Row
 from trainer import schedules
@@ -23,7 +22,7 @@ UNTRAINED = ("screened", "reused")
 
 
 class HonestOptunaSearch(Live, OptunaSearch):
-    """TPE over the conditional space, its trials those of the trials table.
+    """Optuna over the conditional space, its trials those of the trials table.
 
     Interrupted trials of a resumed run come first, then known points that were not tried, then suggestions.
     Differs from Ray's OptunaSearch in what Optuna is told: a trial that was stopped early is PRUNED with the value
@@ -36,21 +35,17 @@ class HonestOptunaSearch(Live, OptunaSearch):
         self, config: SearchConfig, metric: str, records: Records, storage: optuna.storages.BaseStorage | None
     ):
         self.config, self.metric_name, self.records = config, metric, records
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        super().__init__(
+            space=space.define_by_run(config),
+            metric=metric,
+            mode="max" if metric == "score" else "min",
             # A resumed search must not draw again what it drew before; a fresh one depends on the seed alone.
-            sampler = optuna.samplers.TPESampler(
-                seed=config.seed + len(records), multivariate=True, group=True, constant_liar=True
-            )
-            super().__init__(
-                space=space.define_by_run(config),
-                metric=metric,
-                mode="max" if metric == "score" else "min",
-                sampler=sampler,
-                study_name=config.name,
-                storage=storage,
-            )
+            sampler=samplers.make(config, config.seed + len(records)),
+            study_name=config.name,
+            storage=storage,
+        )
         self.ended: str | None = None
+        self._ot_study.stop = self._exhausted  # what grids call, and Optuna allows in its own loop only
         self._keys: dict[str, str] = {}  # Tune's trial id → our stable key
         self._unfinished: list[Row] = []
         known_rows = [row for row in records if row.source == "known"]
@@ -67,7 +62,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
             row = self._unfinished.pop(0)
             self._ask(trial_id, space.params_of(dataclasses.asdict(row)))
             return self._start(trial_id, row)
-        while self._untrained_in_a_row() < MAX_UNTRAINED_IN_A_ROW:
+        while self.ended is None and self._untrained_in_a_row() < MAX_UNTRAINED_IN_A_ROW:
             if self._known:
                 params, known = space.known_params(self.config, self._known.pop(0)), True
                 self._ask(trial_id, params)
@@ -83,6 +78,8 @@ class HonestOptunaSearch(Live, OptunaSearch):
                 self._tell(trial_id, row)
             elif trial_id in self._ot_trials:
                 self._ot_trials[row.trial] = self._ot_trials.pop(trial_id)  # told with the trial that it equals
+        if self.ended:
+            return Searcher.FINISHED
         last = list(self.records)[-1]
         if all(row.state in UNTRAINED for row in self.records):
             raise UserError(
@@ -125,6 +122,9 @@ class HonestOptunaSearch(Live, OptunaSearch):
             reason = f"the same as {found[0]}: alpha_bar differs by {found[1]:.2g} at most"
             return dataclasses.replace(row, state="reused", reason=reason, same_as=found[0])
         return row
+
+    def _exhausted(self) -> None:
+        self.ended = f"{self.config.searcher.name} has suggested all there is"
 
     def _untrained_in_a_row(self) -> int:
         return sum(1 for _ in takewhile(lambda row: row.state in UNTRAINED, reversed(list(self.records))))

@@ -10,7 +10,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
-from search import pipeline, searcher, space
+from search import pipeline, samplers, searcher, space
 from search.config import KnownPoint, SearchConfig, UserError, load
 from search.records import Records
 from search.searcher import HonestOptunaSearch
@@ -188,6 +188,41 @@ def test_an_early_value_is_not_taken_for_a_final_one_as_by_ray_s_own_search(reco
     assert rays._ot_study.best_value == 3.0
     assert [trial.state.name for trial in told(ours)] == ["COMPLETE", "PRUNED"]
     assert ours._ot_study.best_value == 4.0
+
+
+def test_tpe_looks_where_trials_ended_well_and_not_where_they_began_well(records):
+    """Dropout above 0.25 draws well at once and is stopped; below 0.05 it draws less well at first, and ends better."""
+    known = [near(dropout=index / 400 if index % 2 else 0.3 - index / 400) for index in range(20)]
+    fixed = {"families": {"cosine": {"start": 0.2, "end": 1, "tau": 1}}, "learning_rate": CONFIG.train.learning_rate,
+             "dropout": {"low": 0.0, "high": 0.3}}  # fmt: skip
+    ours = make(records, known, space=fixed, reuse={"alpha_bar": 0})
+    rays = OptunaSearch(
+        space.define_by_run(ours.config), metric="frechet", mode="min", sampler=samplers.make(ours.config, 0),
+        points_to_evaluate=[{"family": "cosine", "dropout": point.dropout} for point in known],
+    )  # fmt: skip
+    chosen: tuple[list[float], list[float]] = ([], [])
+    for index in range(len(known) + 10):
+        mine, theirs = records[suggest(ours, f"id{index}")].dropout, rays.suggest(f"id{index}")["dropout"]
+        fast = [dropout > 0.15 for dropout in (mine, theirs)]
+        finish(ours, f"id{index}", *(("stopped", 3.0) if fast[0] else ("completed", 9.0, 6.0, 4.0)))
+        rays.on_trial_complete(f"id{index}", {"frechet": 3.0 if fast[1] else 4.0, "training_iteration": 3})
+        chosen[0].append(mine)
+        chosen[1].append(theirs)
+    assert chosen[0][:20] == chosen[1][:20] == [point.dropout for point in known]
+    assert sum(dropout < 0.15 for dropout in chosen[0][20:]) >= 8
+    assert sum(dropout < 0.15 for dropout in chosen[1][20:]) <= 2  # where a stop is told as an end
+
+
+def test_a_search_by_brute_force_ends_when_all_is_tried(records):
+    fixed = {"families": {"cosine": {"start": 0.2, "end": 1, "tau": 1}}, "learning_rate": 1e-3, "dropout": 0.1,
+             "train": {"batch_size": [32, 64]}}  # fmt: skip
+    search = make(records, space=fixed, searcher="BruteForceSampler")
+    for index in range(2):
+        suggest(search, f"id{index}")
+        finish(search, f"id{index}", "completed", 4.0)
+    assert search.suggest("id2") == search.FINISHED
+    assert sorted(row.settings["batch_size"] for row in records) == [32, 64]
+    assert [one.state for one in told(search)] == 2 * [TrialState.COMPLETE]
 
 
 def test_a_score_is_made_large_and_a_distance_small(records, tmp_path):
