@@ -132,9 +132,13 @@ KNOWN_POINTS = (
 
 
 class EarlyStoppingConfig(Config):
-    """At a rung a trial goes on only if it is among the best 1/reduction of those that came so far (ASHA, Li 2018)."""
+    """Which trials go on at a rung.
 
-    scheduler: Literal["asha", "none"] = "asha"
+    asha: those among the best 1/reduction of all that came so far (Li 2018). median: those whose best value so far is
+    no worse than the median of the others' running averages (Golovin 2017). none: all.
+    """
+
+    scheduler: Literal["asha", "median", "none"] = "asha"
     metric: Literal["auto", "frechet", "score", "grid_loss"] = "auto"
     rungs: tuple[float, ...] = Field((1 / 9, 1 / 3), description="fractions of a training's epochs, below 1")
     reduction: float = Field(3.0, gt=1)
