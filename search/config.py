@@ -166,6 +166,17 @@ class SearcherConfig(Config):
         return {"name": value} if isinstance(value, str) else value
 
 
+class BudgetConfig(Config):
+    """What ends a search before its trials are all done: no trial begins then, and running ones end at their next rung.
+
+    The search has (1 - reserve) of each, the final stage the rest.
+    """
+
+    hours: float | None = Field(None, gt=0, description="by the clock, all times that the run was resumed together")
+    worker_hours: float | None = Field(None, gt=0, description="of training and rungs, over all workers: GPU-hours")
+    reserve: float = Field(0.15, ge=0, lt=1, description="share that is kept for the final stage")
+
+
 class ReuseConfig(Config):
     """When two configurations are the same but for rounding, so that one training speaks for both.
 
@@ -183,6 +194,7 @@ class SearchConfig(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
     seed: int = Field(0, ge=0)
     trials: int = Field(50, ge=1, description="trainings started; what is screened or reused does not count")
+    budget: BudgetConfig = BudgetConfig()
     train: TrainConfig = TrainConfig()
     space: SpaceConfig = SpaceConfig()
     known_points: tuple[KnownPoint, ...] = KNOWN_POINTS

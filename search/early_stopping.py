@@ -9,6 +9,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from evaluation.rung import objective
+from search.budget import Budget
 from search.config import EarlyStoppingConfig
 from search.records import Live, Records, Row
 
@@ -46,8 +47,17 @@ class RungScheduler(Live, FIFOScheduler):
     that ever came to a rung. Tune's own ASHA would start with empty rungs.
     """
 
-    def __init__(self, config: EarlyStoppingConfig, metric: str, rungs: list[int], epochs: int, records: Records):
+    def __init__(
+        self,
+        config: EarlyStoppingConfig,
+        metric: str,
+        rungs: list[int],
+        epochs: int,
+        records: Records,
+        budget: Budget | None = None,
+    ):
         super().__init__()
+        self.budget = budget
         self.config, self.metric_name, self.rungs, self.epochs, self.records = config, metric, rungs, epochs, records
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
@@ -73,6 +83,8 @@ class RungScheduler(Live, FIFOScheduler):
 
     def _reason_to_stop(self, row: Row, epoch: int) -> str | None:
         """Why a trial that has just been scored at a rung does not go on; None where it does."""
+        if self.budget and (spent := self.budget.spent()):
+            return spent
         if self.config.scheduler == "none":
             return None
         values = self._values(row, epoch)

@@ -19,7 +19,7 @@ from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
 from evaluation.rung import Metric
 from evaluation.sampling import sample_images
-from search import lease, samplers, tuner, watch
+from search import budget, lease, samplers, tuner, watch
 from search.config import SearchConfig, UserError
 from search.records import CONFIG, Records, Row, open_run
 from trainer import checkpoint, data
@@ -49,7 +49,7 @@ def begin(config: SearchConfig, run: Storage) -> None:
 def give_up(run: Storage) -> None:
     """Takes back what `begin` wrote where no trial was begun: a corrected command may have the name."""
     if not len(Records.load(run)):
-        for name in (CONFIG, tuner.JOURNAL, "tune"):
+        for name in (CONFIG, tuner.JOURNAL, budget.FILE, "tune"):
             run.delete(name)
 
 
@@ -103,6 +103,7 @@ def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, 
 
 def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
     records = Records.load(run)
+    allowed = budget.Budget(config.budget, run, records)
     with connect.connected(address) as ray:
         if ray.dashboard:
             console.print(f"Ray dashboard:  http://{ray.dashboard}")
@@ -120,9 +121,16 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         if left:
             console.print(f"Searching: {left} trials of {config.train.epochs} epochs, {at_once} at once\n")
             view = watch.SearchView(console, records, metric, config.train.epochs, config.trials)
-            with view.shown():
-                tuner.search(config, run, records, metric, scorer, at_once, cluster.use_gpu, view.changed)
+            ended = None
+            try:
+                with view.shown():
+                    ended = tuner.search(
+                        config, run, records, metric, scorer, at_once, cluster.use_gpu, view.changed, allowed
+                    )
+            finally:
+                allowed.note(ended)
             console.print(view.summary())
+            console.print(f"The search ended: {ended}.")
             table = watch.trials_table(records, metric, config.train.epochs)
             console.print(table, *watch.reasons(records), "", sep="\n")
         if judge is None:

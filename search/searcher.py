@@ -13,6 +13,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from search import samplers, space
+from search.budget import Budget
 from search.config import SearchConfig, UserError
 from search.records import Live, Records, Row
 from trainer import schedules
@@ -32,9 +33,14 @@ class HonestOptunaSearch(Live, OptunaSearch):
     """
 
     def __init__(
-        self, config: SearchConfig, metric: str, records: Records, storage: optuna.storages.BaseStorage | None
+        self,
+        config: SearchConfig,
+        metric: str,
+        records: Records,
+        storage: optuna.storages.BaseStorage | None,
+        budget: Budget | None = None,
     ):
-        self.config, self.metric_name, self.records = config, metric, records
+        self.config, self.metric_name, self.records, self.budget = config, metric, records, budget
         super().__init__(
             space=space.define_by_run(config),
             metric=metric,
@@ -58,6 +64,8 @@ class HonestOptunaSearch(Live, OptunaSearch):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial's configuration, after writing its row; screened and reused ones are noted on the way."""
+        if self.budget and (spent := self.budget.spent()):
+            return self.end(spent)
         if self._unfinished:
             row = self._unfinished.pop(0)
             self._ask(trial_id, space.params_of(dataclasses.asdict(row)))
@@ -79,15 +87,23 @@ class HonestOptunaSearch(Live, OptunaSearch):
             elif trial_id in self._ot_trials:
                 self._ot_trials[row.trial] = self._ot_trials.pop(trial_id)  # told with the trial that it equals
         if self.ended:
-            return Searcher.FINISHED
+            return self.end(self.ended)
         last = list(self.records)[-1]
         if all(row.state in UNTRAINED for row in self.records):
             raise UserError(
                 f"{MAX_UNTRAINED_IN_A_ROW} configurations in a row failed the screen, the last because: {last.reason}; "
                 "narrow space.families to schedules that reach pure noise"
             )
-        self.ended = f"the last {MAX_UNTRAINED_IN_A_ROW} suggestions held nothing new to train"
-        return Searcher.FINISHED
+        return self.end(f"the last {MAX_UNTRAINED_IN_A_ROW} suggestions held nothing new to train")
+
+    def end(self, reason: str) -> str:
+        """Suggests no more; what an earlier driver left unfinished is stopped where it is."""
+        self.ended = reason
+        while self._unfinished:
+            row = self.records.update(self._unfinished.pop(0).trial, state="stopped", reason=f"not resumed: {reason}")
+            self._remember(row)
+            self._tell_reused(row)
+        return str(Searcher.FINISHED)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: rungs are told when a trial ends, from the record, the deciding one included."""
@@ -101,8 +117,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
             row = self.records.update(row.trial, state="failed")
         if row.state != "running":  # else the search was interrupted, and the trial will be resumed
             self._tell(trial_id, row)
-            for waiting in [other for other in self.records if other.same_as == row.trial]:
-                self._tell(waiting.trial, waiting)
+            self._tell_reused(row)
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing: Tune would pickle this object; the record is what a search is resumed from."""
@@ -150,6 +165,11 @@ class HonestOptunaSearch(Live, OptunaSearch):
             ot_trial.report(value, step)
         state = self._state(row)
         self._ot_study.tell(ot_trial, self._final(row), state=state)
+
+    def _tell_reused(self, row: Row) -> None:
+        """A trial has ended: so have those that equal it."""
+        for waiting in [other for other in self.records if other.same_as == row.trial]:
+            self._tell(waiting.trial, waiting)
 
     def _remember(self, row: Row) -> None:
         """Puts a finished row of an earlier run into the study, where the space holds it."""

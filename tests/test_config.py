@@ -60,6 +60,8 @@ def test_a_config_written_out_is_read_back_the_same():
             "known_points+={family: cosine, start: 0, end: 1, train: {seed: 3}}",
             ["known_points.6.train.seed", "cannot be searched"],
         ),
+        ("budget.hours=0", ["budget.hours", "greater than 0", "got 0"]),
+        ("budget.reserve=1", ["budget.reserve", "less than 1", "got 1"]),
         ("space.dropout={low: 0}", ["space.dropout.high", "required"]),
         ("space.dropout=abc", ["space.dropout: must be a number, or a range {low: …, high: …", "got 'abc'"]),
         ("early_stopping.rungs=[0.5, 1.0]", ["early_stopping.rungs", "between 0 and 1", "[0.5, 1.0]"]),
