@@ -142,7 +142,8 @@ def _table(columns: Sequence[tuple[str, str]], body: Iterable[tuple[str, Sequenc
 def _settings(row: Row) -> str:
     """The cell that says what a trial tried."""
     rest = f"learning rate {_num(row['learning_rate'], 3)}, dropout {_num(row['dropout'], 2)}"
-    return f"{escape(label(row))}<small>{rest}</small>"
+    rest += "".join(f", {name} {value}" for name, value in (row.get("settings") or {}).items())
+    return f"{escape(label(row))}<small>{escape(rest)}</small>"
 
 
 def _summary(config: dict[str, Any], rows: Sequence[Row]) -> str:

@@ -1,10 +1,11 @@
 """SearchConfig: the whole YAML, composed of each package's own configuration."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from evaluation.config import FinalStageConfig, SamplerConfig
 from trainer import schedules
@@ -59,21 +60,47 @@ FAMILIES: dict[Family, FamilySpace] = {
 }
 
 
+# Settings of a training that may be searched beside these: not what makes trials incomparable, nor the cluster's.
+VARIED = (
+    "batch_size", "model", "lr_decay", "lr_decay_epochs", "gradient_clip", "ema_decays", "micro_batch",
+    "schedule.steps",
+)  # fmt: skip
+
+
 class SpaceConfig(Config):
-    """What is searched: the family first, then that family's own parameters."""
+    """What is searched: the family first, then that family's own parameters.
+
+    The families named are those searched; of each, what is left out keeps its default, and null drops it. `train` is
+    more of the training's settings by name, with the values to choose from: {batch_size: [16, 32]}, or whole groups
+    where several belong together: {model: [{channels: [64, 128], attention: [false, true]}, …]}.
+    """
 
     families: dict[Family, FamilySpace] = Field(FAMILIES, min_length=1)
-    learning_rate: Searched = Range(low=5e-5, high=2e-3, log=True)
-    dropout: Searched = Range(low=0.0, high=0.3)
+    learning_rate: Searched | None = Field(Range(low=5e-5, high=2e-3, log=True), description="null: the training's own")
+    dropout: Searched | None = Field(Range(low=0.0, high=0.3), description="null: the training's own")
+    train: dict[str, tuple[Any, ...]] = Field({})
+
+    @field_validator("families", mode="before")
+    @classmethod
+    def _left_out_is_default(cls, families: Any) -> Any:
+        if not isinstance(families, dict):
+            return families
+        named = {family: own for family, own in families.items() if own is not None}
+        return {
+            family: FAMILIES[family].model_dump() | own if isinstance(own, dict) and family in FAMILIES else own
+            for family, own in named.items()
+        }
 
     @model_validator(mode="after")
     def _keeps_the_laws(self) -> "SpaceConfig":
         for family, own in self.families.items():
             if family == "linear" and own.tau != 1:
                 raise ValueError(f"space.families.linear.tau must be left out, for linear has none, but got {own.tau}")
-            numbers = (own.start, own.end, own.tau)
-            if not any(isinstance(number, Range) for number in numbers):
-                schedules.check(family, *numbers)  # type: ignore[arg-type]
+            if not isinstance(own.start, Range) and not isinstance(own.end, Range):
+                schedules.check(family, own.start, own.end, own.tau.low if isinstance(own.tau, Range) else own.tau)
+        for name, choices in self.train.items():
+            if not choices or any(choice in choices[:index] for index, choice in enumerate(choices)):
+                raise ValueError(f"space.train.{name} must be a list of different values, but got {list(choices)}")
         return self
 
 
@@ -86,6 +113,7 @@ class KnownPoint(Config):
     tau: float = 1.0
     learning_rate: float | None = Field(None, gt=0)
     dropout: float | None = Field(None, ge=0, lt=1)
+    train: dict[str, Any] = Field({}, description="more settings of the training, as in space.train")
 
     @model_validator(mode="after")
     def _keeps_the_laws(self) -> "KnownPoint":
@@ -104,9 +132,13 @@ KNOWN_POINTS = (
 
 
 class EarlyStoppingConfig(Config):
-    """At a rung a trial goes on only if it is among the best 1/reduction of those that came so far (ASHA, Li 2018)."""
+    """Which trials go on at a rung.
 
-    scheduler: Literal["asha", "none"] = "asha"
+    asha: those among the best 1/reduction of all that came so far (Li 2018). median: those whose best value so far is
+    no worse than the median of the others' running averages (Golovin 2017). none: all.
+    """
+
+    scheduler: Literal["asha", "median", "none"] = "asha"
     metric: Literal["auto", "frechet", "score", "grid_loss"] = "auto"
     rungs: tuple[float, ...] = Field((1 / 9, 1 / 3), description="fractions of a training's epochs, below 1")
     reduction: float = Field(3.0, gt=1)
@@ -122,15 +154,52 @@ class EarlyStoppingConfig(Config):
         return self
 
 
+class SearcherConfig(Config):
+    """Who suggests: tpe, random, or a class of optuna.samplers by its name; `options` are its own."""
+
+    name: str = "tpe"
+    options: dict[str, Any] = Field({})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class BudgetConfig(Config):
+    """What ends a search before its trials are all done: no trial begins then, and running ones end at their next rung.
+
+    The search has (1 - reserve) of each, the final stage the rest.
+    """
+
+    hours: float | None = Field(None, gt=0, description="by the clock, all times that the run was resumed together")
+    worker_hours: float | None = Field(None, gt=0, description="of training and rungs, over all workers: GPU-hours")
+    reserve: float = Field(0.15, ge=0, lt=1, description="share that is kept for the final stage")
+
+
+class ReuseConfig(Config):
+    """When two configurations are the same but for rounding, so that one training speaks for both.
+
+    All three must hold, and seed, T, batch size and model be equal. `alpha_bar: 0` trains every one.
+    """
+
+    alpha_bar: float = Field(0.01, ge=0, description="the largest difference of the two curves is below this")
+    log_learning_rate: float = Field(0.02, ge=0, description="largest difference of the natural logarithms")
+    dropout: float = Field(0.005, ge=0, description="largest difference")
+
+
 class SearchConfig(Config):
     """One search: what is trained, what is varied, what stops a trial, and how the best are ranked."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
     seed: int = Field(0, ge=0)
-    trials: int = Field(50, ge=1, description="trainings started; screened configurations do not count")
+    trials: int = Field(50, ge=1, description="trainings started; what is screened or reused does not count")
+    budget: BudgetConfig = BudgetConfig()
     train: TrainConfig = TrainConfig()
     space: SpaceConfig = SpaceConfig()
     known_points: tuple[KnownPoint, ...] = KNOWN_POINTS
+    searcher: SearcherConfig = SearcherConfig()
+    reuse: ReuseConfig = ReuseConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     final: FinalStageConfig = FinalStageConfig()
     runner: Literal["train", "reuse"] = Field(
@@ -146,6 +215,34 @@ class SearchConfig(Config):
                 f"runner: reuse trains with one worker, but train.workers is {self.train.workers}; use runner: train"
             )
         return self
+
+    @model_validator(mode="after")
+    def _settings_are_a_training_s(self) -> "SearchConfig":
+        asked = [(f"space.train.{name}", name, value) for name, values in self.space.train.items() for value in values]
+        for index, point in enumerate(self.known_points):
+            asked += [(f"known_points.{index}.train.{name}", name, value) for name, value in point.train.items()]
+        for where, name, value in asked:
+            if name not in VARIED and not name.startswith("model."):
+                raise ValueError(f"{where} cannot be searched; what can: {', '.join(VARIED)} and model.…")
+            try:
+                self.training({name: value})
+            except ValidationError as error:
+                raise ValueError(f"{where}: {explain(error.errors()[0])}") from None
+        return self
+
+    def training(self, settings: Mapping[str, Any]) -> TrainConfig:
+        """The base training with settings such as {batch_size: 32, model.channels: […]}; a group is laid over its own.
+
+        Raises pydantic.ValidationError.
+        """
+        tree = self.train.model_dump()
+        for name, value in settings.items():
+            *parents, last = name.split(".")
+            node = tree
+            for part in parents:
+                node = node[part]
+            node[last] = {**node[last], **value} if isinstance(value, dict) else value
+        return TrainConfig.model_validate(tree)
 
     def rung_epochs(self) -> list[int]:
         """Epochs, from 1, strictly below the last."""
@@ -206,8 +303,10 @@ def _set(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set takes a.b=value, but got {override!r}")
     *parents, last = key.split(".")
     node: Any = tree
-    for part in parents:
-        node = node.setdefault(part, {}) if isinstance(node, dict) else None
+    for depth, part in enumerate(parents, 1):
+        if isinstance(node, dict) and part not in node:  # what is not named there keeps its default
+            node[part] = _default(".".join(parents[:depth])) or {}
+        node = node[part] if isinstance(node, dict) else None
         if not isinstance(node, dict):
             raise UserError(f"--set {override}: {part!r} holds no further settings")
     try:

@@ -1,4 +1,4 @@
-"""Which trials go on: asynchronous successive halving on explicit rungs, decided from the trials table."""
+"""Which trials go on: successive halving or the median rule on explicit rungs, decided from the trials table."""
 
 import math
 from pathlib import Path
@@ -9,8 +9,11 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from evaluation.rung import objective
+from search.budget import Budget
 from search.config import EarlyStoppingConfig
-from search.records import Live, Records
+from search.records import Live, Records, Row
+
+MEDIAN_TRIALS = 3  # as Ray's MedianStoppingRule
 
 
 def goes_on(value: float, earlier: list[float], reduction: float) -> bool:
@@ -25,6 +28,18 @@ def goes_on(value: float, earlier: list[float], reduction: float) -> bool:
     return not finite or value <= float(np.percentile(finite, 100 / reduction))
 
 
+def beats_median(values: list[float], others: list[list[float]]) -> bool:
+    """Whether a trial passes a rung by the median stopping rule (Golovin 2017, doi:10.1145/3097983.3098043).
+
+    `values` are its own at the rungs up to this one, `others` those of each trial that reached it; lower is better. It
+    is stopped where its best is worse than the median of the others' running averages, once there are three of them.
+    """
+    if not math.isfinite(values[-1]):
+        return False
+    averages = [average for other in others if math.isfinite(average := float(np.mean(other)))]
+    return len(averages) < MEDIAN_TRIALS or min(values) <= float(np.median(averages))
+
+
 class RungScheduler(Live, FIFOScheduler):
     """Tune's scheduler for a search whose record is the authority.
 
@@ -32,8 +47,17 @@ class RungScheduler(Live, FIFOScheduler):
     that ever came to a rung. Tune's own ASHA would start with empty rungs.
     """
 
-    def __init__(self, config: EarlyStoppingConfig, metric: str, rungs: list[int], epochs: int, records: Records):
+    def __init__(
+        self,
+        config: EarlyStoppingConfig,
+        metric: str,
+        rungs: list[int],
+        epochs: int,
+        records: Records,
+        budget: Budget | None = None,
+    ):
         super().__init__()
+        self.budget = budget
         self.config, self.metric_name, self.rungs, self.epochs, self.records = config, metric, rungs, epochs, records
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
@@ -52,20 +76,39 @@ class RungScheduler(Live, FIFOScheduler):
         if epoch >= self.epochs:
             # Its process ends by itself: nothing of it is cut short by a stop.
             self.records.update(key, state="completed", reason=None)
-        elif epoch in self.rungs and not decided and self.config.scheduler == "asha":
-            rung = row.rung(epoch)
-            assert rung is not None
-            value = objective(rung, self.metric_name)
-            others = [other.rung(epoch) for other in self.records if other.trial != key]
-            earlier = [objective(other, self.metric_name) for other in others if other is not None]
-            if not goes_on(value, earlier, self.config.reduction):
-                better = sum(v < value for v in earlier)
-                place = f"{better + 1} of {len(earlier) + 1}"
-                what = f"{self.metric_name} {abs(value):.4g} at epoch {epoch} was {place} so far"
-                reason = what if math.isfinite(value) else f"no finite {self.metric_name} at epoch {epoch}"
-                self.records.update(key, state="stopped", reason=reason)
-                return TrialScheduler.STOP
+        elif epoch in self.rungs and not decided and (reason := self._reason_to_stop(row, epoch)):
+            self.records.update(key, state="stopped", reason=reason)
+            return TrialScheduler.STOP
         return TrialScheduler.CONTINUE
+
+    def _reason_to_stop(self, row: Row, epoch: int) -> str | None:
+        """Why a trial that has just been scored at a rung does not go on; None where it does."""
+        if self.budget and (spent := self.budget.spent()):
+            return spent
+        if self.config.scheduler == "none":
+            return None
+        values = self._values(row, epoch)
+        others = [
+            self._values(other, epoch) for other in self.records if other.trial != row.trial and other.rung(epoch)
+        ]
+        earlier = [other[-1] for other in others]
+        if self.config.scheduler == "median":
+            passes = beats_median(values, others)
+        else:
+            passes = goes_on(values[-1], earlier, self.config.reduction)
+        if passes:
+            return None
+        if not math.isfinite(values[-1]):
+            return f"no finite {self.metric_name} at epoch {epoch}"
+        better = sum(value < values[-1] for value in earlier)
+        what = (
+            f"{self.metric_name} {abs(values[-1]):.4g} at epoch {epoch} was {better + 1} of {len(earlier) + 1} so far"
+        )
+        return what + (", worse than the median" if self.config.scheduler == "median" else "")
+
+    def _values(self, row: Row, epoch: int) -> list[float]:
+        """What is to be small, at the rungs up to `epoch`."""
+        return [objective(rung, self.metric_name) for rung in row.rungs if rung["epoch"] <= epoch]
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
         """Notes why; whether the trial is tried again or has failed, the searcher is told."""

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
 from evaluation.rung import Metric
 from evaluation.sampling import sample_images
-from search import lease, tuner, watch
+from search import budget, lease, samplers, tuner, watch
 from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt
 from search.records import CONFIG, Records, Row, open_run
 from trainer import checkpoint, data
+from trainer.config import TrainConfig
 from trainer.data import Splits
 from trainer.data_cache import cache_folder
 from trainer.storage import Storage
@@ -49,12 +50,13 @@ def begin(config: SearchConfig, run: Storage) -> None:
 def give_up(run: Storage) -> None:
     """Takes back what `begin` wrote where no trial was begun: a corrected command may have the name."""
     if not len(Records.load(run)):
-        for name in (CONFIG, tuner.JOURNAL, "tune"):
+        for name in (CONFIG, tuner.JOURNAL, budget.FILE, "tune"):
             run.delete(name)
 
 
 def preflight(config: SearchConfig, console: Console) -> Splits:
     """Everything that can be refused before Ray starts; decodes the images where they are not. Raises UserError."""
+    samplers.check(config)
     try:
         with contextlib.ExitStack() as stack:
             bars: list[Callable[[int, int], None]] = []  # made when there is something to decode
@@ -66,16 +68,32 @@ def preflight(config: SearchConfig, console: Console) -> Splits:
 
             data.prepare(config.train.data, progress)
         splits = data.load(config.train.data)
-        config.train.model.check_fits(splits.train.shape)
-        if config.train.batch_size > len(splits.train):
-            raise ValueError(
-                f"train.batch_size must be at most the number of training images, {len(splits.train)}, "
-                f"but is {config.train.batch_size}"
-            )
+        for where, training in _variants(config):
+            _check_fits(training, where, splits)
     except (ValueError, OSError) as error:
         message = str(error)
-        raise UserError(f"train.{message}" if message.startswith(("data.", "model.")) else message) from error
+        raise UserError(f"train.{message}" if message.startswith("data.") else message) from error
     return splits
+
+
+def _variants(config: SearchConfig) -> Iterator[tuple[str, TrainConfig]]:
+    """The base training, and it with each of the choices of space.train, with the prefix of its settings' names."""
+    yield "train.", config.train
+    for name, values in config.space.train.items():
+        for value in values:
+            yield f"space.train.{name}: ", config.training({name: value})
+
+
+def _check_fits(training: TrainConfig, where: str, splits: Splits) -> None:
+    try:
+        training.model.check_fits(splits.train.shape)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
+    if training.batch_size > len(splits.train):
+        raise ValueError(
+            f"{where}batch_size must be at most the number of training images, {len(splits.train)}, "
+            f"but is {training.batch_size}"
+        )
 
 
 def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
@@ -86,6 +104,7 @@ def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, 
 
 def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
     records = Records.load(run)
+    allowed = budget.Budget(config.budget, run, records)
     with connect.connected(address) as ray, Interrupt().handled() as interrupt:
         if ray.dashboard:
             console.print(f"Ray dashboard:  http://{ray.dashboard}")
@@ -103,9 +122,16 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         if left:
             console.print(f"Searching: {left} trials of {config.train.epochs} epochs, {at_once} at once\n")
             view = watch.SearchView(console, records, metric, config.train.epochs, config.trials)
-            with view.shown():
-                tuner.search(config, run, records, metric, scorer, at_once, cluster.use_gpu, view.changed, interrupt)
+            ended = None
+            try:
+                with view.shown():
+                    ended = tuner.search(
+                        config, run, records, metric, scorer, at_once, cluster.use_gpu, view.changed, allowed, interrupt
+                    )
+            finally:
+                allowed.note(ended)
             console.print(view.summary())
+            console.print(f"The search ended: {ended}.")
             table = watch.trials_table(records, metric, config.train.epochs)
             console.print(table, *watch.reasons(records), "", sep="\n")
         if judge is None:

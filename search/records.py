@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,9 +30,11 @@ SCHEMA = pa.schema(
         pa.field("tau", pa.float64(), nullable=False),
         pa.field("learning_rate", pa.float64(), nullable=False),
         pa.field("dropout", pa.float64(), nullable=False),
+        pa.field("settings", pa.string(), nullable=False),
         pa.field("seed", pa.int64(), nullable=False),
         pa.field("state", pa.string(), nullable=False),
         pa.field("reason", pa.string()),
+        pa.field("same_as", pa.string()),
         pa.field("epoch", pa.int64(), nullable=False),
         pa.field(
             "rungs",
@@ -56,8 +59,10 @@ class Row:
     learning_rate: float
     dropout: float
     seed: int
+    settings: dict[str, Any] = field(default_factory=dict)  # more of the training's, as space.train names them; JSON
     state: State = "running"
     reason: str | None = None
+    same_as: str | None = None  # of a reused row: the trial that was trained for it
     epoch: int = 0
     rungs: list[dict[str, Any]] = field(default_factory=list)
     worker_seconds: float = 0.0
@@ -68,8 +73,9 @@ class Row:
         return next((rung for rung in self.rungs if rung["epoch"] == epoch), None)
 
     def params(self) -> dict[str, Any]:
-        """As in the tables: family, start, end, tau, learning_rate, dropout."""
-        return {n: getattr(self, n) for n in ("family", "start", "end", "tau", "learning_rate", "dropout")}
+        """As in the tables: family, start, end, tau, learning_rate, dropout, settings."""
+        names = ("family", "start", "end", "tau", "learning_rate", "dropout", "settings")
+        return {name: getattr(self, name) for name in names}
 
 
 class Live:
@@ -94,7 +100,9 @@ class Records:
         # read_table would import pandas, 0.3 s; and a pool of threads for a small table aborts the process at its end
         # ("terminate called without an active exception") about once in a hundred times.
         table = pq.ParquetFile(io.BytesIO(run.read(FILE)), pre_buffer=False).read(use_threads=False)
-        return cls(run, {row["trial"]: Row(**row) for row in table.to_pylist()})
+        known = [name for name in SCHEMA.names if name in table.column_names]  # another version's may differ
+        rows = [row | {"settings": json.loads(row.get("settings") or "{}")} for row in table.select(known).to_pylist()]
+        return cls(run, {row["trial"]: Row(**row) for row in rows})
 
     def __iter__(self) -> Iterator[Row]:
         return iter(list(self._rows.values()))
@@ -132,7 +140,7 @@ class Records:
 
     def _put(self, row: Row) -> Row:
         self._rows = {**self._rows, row.trial: row}
-        rows = [dataclasses.asdict(r) for r in self._rows.values()]
+        rows = [dataclasses.asdict(r) | {"settings": json.dumps(r.settings)} for r in self._rows.values()]
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
         self.run.write(FILE, buffer.getvalue())

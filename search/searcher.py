@@ -1,49 +1,57 @@
 """OptunaSearch that screens before a trial costs anything, and tells Optuna the truth about how trials ended."""
 
 import dataclasses
-import warnings
+import math
+from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.trial import TrialState
 from pydantic import ValidationError
+from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from search import space
+from search import samplers, space
+from search.budget import Budget
 from search.config import SearchConfig, UserError
 from search.records import Live, Records, Row
 from trainer import schedules
 
-MAX_SCREENED_IN_A_ROW = 1000
+MAX_UNTRAINED_IN_A_ROW = 200  # screened and reused ones: then there is nothing new to be found in the space
+UNTRAINED = ("screened", "reused")
 
 
 class HonestOptunaSearch(Live, OptunaSearch):
-    """TPE over the conditional space, its trials those of the trials table.
+    """Optuna over the conditional space, its trials those of the trials table.
 
     Interrupted trials of a resumed run come first, then known points that were not tried, then suggestions.
     Differs from Ray's OptunaSearch in what Optuna is told: a trial that was stopped early is PRUNED with the value
     of each of its rungs (Ray tells COMPLETE, and TPE takes an early value for a final one); a failed one is FAIL;
-    a screened one is PRUNED without a value, which TPE ranks below all others.
+    a screened one is PRUNED without a value, which TPE ranks below all others; a reused one is told what became of the
+    trial that it equals, once that has ended. `ended` says why nothing more is suggested, where that is so.
     """
 
     def __init__(
-        self, config: SearchConfig, metric: str, records: Records, storage: optuna.storages.BaseStorage | None
+        self,
+        config: SearchConfig,
+        metric: str,
+        records: Records,
+        storage: optuna.storages.BaseStorage | None,
+        budget: Budget | None = None,
     ):
-        self.config, self.metric_name, self.records = config, metric, records
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        self.config, self.metric_name, self.records, self.budget = config, metric, records, budget
+        super().__init__(
+            space=space.define_by_run(config),
+            metric=metric,
+            mode="max" if metric == "score" else "min",
             # A resumed search must not draw again what it drew before; a fresh one depends on the seed alone.
-            sampler = optuna.samplers.TPESampler(
-                seed=config.seed + len(records), multivariate=True, group=True, constant_liar=True
-            )
-            super().__init__(
-                space=space.define_by_run(config),
-                metric=metric,
-                mode="max" if metric == "score" else "min",
-                sampler=sampler,
-                study_name=config.name,
-                storage=storage,
-            )
+            sampler=samplers.make(config, config.seed + len(records)),
+            study_name=config.name,
+            storage=storage,
+        )
+        self.ended: str | None = None
+        self._ot_study.stop = self._exhausted  # what grids call, and Optuna allows in its own loop only
         self._keys: dict[str, str] = {}  # Tune's trial id → our stable key
         self._unfinished: list[Row] = []
         known_rows = [row for row in records if row.source == "known"]
@@ -51,41 +59,65 @@ class HonestOptunaSearch(Live, OptunaSearch):
         for row in records:
             if row.state == "running":
                 self._unfinished.append(row)
-            else:
+            elif self._outcome(row).state != "running":
                 self._remember(row)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The next trial's configuration, after writing its row; those that fail the screen are noted on the way."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """The next trial's configuration, after writing its row; screened and reused ones are noted on the way."""
+        if self.budget and (spent := self.budget.spent()):
+            return self.end(spent)
         if self._unfinished:
             row = self._unfinished.pop(0)
             self._ask(trial_id, space.params_of(dataclasses.asdict(row)))
             return self._start(trial_id, row)
-        for _ in range(MAX_SCREENED_IN_A_ROW):
+        while self.ended is None and self._untrained_in_a_row() < MAX_UNTRAINED_IN_A_ROW:
             if self._known:
                 params, known = space.known_params(self.config, self._known.pop(0)), True
                 self._ask(trial_id, params)
             else:
-                params, known = super().suggest(trial_id), False
-                assert params is not None
+                suggested, known = super().suggest(trial_id), False
+                assert suggested is not None
+                params = suggested
             row = self._new_row(params, known)
             self.records.add(row)
             if row.state == "running":
                 return self._start(trial_id, row)
-            self._tell(trial_id, row)
-        raise UserError(
-            f"{MAX_SCREENED_IN_A_ROW} configurations in a row failed the screen, the last because: {row.reason}; "
-            "narrow space.families to schedules that reach pure noise"
-        )
+            if self._outcome(row).state != "running":
+                self._tell(trial_id, row)
+            elif trial_id in self._ot_trials:
+                self._ot_trials[row.trial] = self._ot_trials.pop(trial_id)  # told with the trial that it equals
+        if self.ended:
+            return self.end(self.ended)
+        last = list(self.records)[-1]
+        if all(row.state in UNTRAINED for row in self.records):
+            raise UserError(
+                f"{MAX_UNTRAINED_IN_A_ROW} configurations in a row failed the screen, the last because: {last.reason}; "
+                "narrow space.families to schedules that reach pure noise"
+            )
+        return self.end(f"the last {MAX_UNTRAINED_IN_A_ROW} suggestions held nothing new to train")
+
+    def end(self, reason: str) -> str:
+        """Suggests no more; what an earlier driver left unfinished is stopped where it is."""
+        self.ended = reason
+        while self._unfinished:
+            row = self.records.update(self._unfinished.pop(0).trial, state="stopped", reason=f"not resumed: {reason}")
+            self._remember(row)
+            self._tell_reused(row)
+        return str(Searcher.FINISHED)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: rungs are told when a trial ends, from the record, the deciding one included."""
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        row = self.records[self._keys[trial_id]]
+        key = self._keys.pop(trial_id, None)
+        if key is None:
+            return  # told already
+        row = self.records[key]
         if error and row.state == "running":
             row = self.records.update(row.trial, state="failed")
         if row.state != "running":  # else the search was interrupted, and the trial will be resumed
             self._tell(trial_id, row)
+            self._tell_reused(row)
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing: Tune would pickle this object; the record is what a search is resumed from."""
@@ -99,8 +131,22 @@ class HonestOptunaSearch(Live, OptunaSearch):
         flat = space.flat(params)
         trial = f"t{len(self.records):04d}-{flat['family']}"
         row = Row(trial=trial, source="known" if known else "suggested", seed=self.config.train.seed, **flat)
-        reason = screen(self.config, row)
-        return dataclasses.replace(row, state="screened", reason=reason) if reason else row
+        if reason := screen(self.config, row):
+            return dataclasses.replace(row, state="screened", reason=reason)
+        if found := twin(self.config, row, self.records):
+            reason = f"the same as {found[0]}: alpha_bar differs by {found[1]:.2g} at most"
+            return dataclasses.replace(row, state="reused", reason=reason, same_as=found[0])
+        return row
+
+    def _exhausted(self) -> None:
+        self.ended = f"{self.config.searcher.name} has suggested all there is"
+
+    def _untrained_in_a_row(self) -> int:
+        return sum(1 for _ in takewhile(lambda row: row.state in UNTRAINED, reversed(list(self.records))))
+
+    def _outcome(self, row: Row) -> Row:
+        """The row that says what came of this one: the trial that was trained for it, where it was reused."""
+        return self.records[row.same_as] if row.same_as else row
 
     def _ask(self, trial_id: str, params: space.Params) -> None:
         """Makes Optuna's next trial the one with these parameters, where its space holds them."""
@@ -111,19 +157,27 @@ class HonestOptunaSearch(Live, OptunaSearch):
 
     def _tell(self, trial_id: str, row: Row) -> None:
         ot_trial = self._ot_trials.pop(trial_id, None)
-        if ot_trial is None:  # a known point outside the space
+        if ot_trial is None:  # outside the space, or suggested by an earlier driver
+            self._remember(row)
             return
+        row = self._outcome(row)
         for step, value in self._values(row).items():
             ot_trial.report(value, step)
         state = self._state(row)
         self._ot_study.tell(ot_trial, self._final(row), state=state)
 
+    def _tell_reused(self, row: Row) -> None:
+        """A trial has ended: so have those that equal it."""
+        for waiting in [other for other in self.records if other.same_as == row.trial]:
+            self._tell(waiting.trial, waiting)
+
     def _remember(self, row: Row) -> None:
-        """Puts a finished row of an earlier run into the study."""
+        """Puts a finished row of an earlier run into the study, where the space holds it."""
         params = space.params_of(dataclasses.asdict(row))
         if not space.contains(self.config, params):
             return
         searched = space.distributions(self.config, row.family)
+        row = self._outcome(row)
         state, values = self._state(row), list(self._values(row).values())
         self._ot_study.add_trial(
             optuna.trial.create_trial(
@@ -159,3 +213,26 @@ def screen(config: SearchConfig, row: Row) -> str | None:
     except ValidationError as error:
         return error.errors()[0]["msg"].removeprefix("Value error, ")
     return schedules.screen(**training.schedule.model_dump())
+
+
+def twin(config: SearchConfig, row: Row, records: Records) -> tuple[str, float] | None:
+    """The trial that is this configuration but for rounding, and the largest difference of their alpha_bar; or None.
+
+    Families are no bar: sigmoid and cosine curves can be one. A failed trial says nothing of another training.
+    """
+    limits, curve = config.reuse, _alpha_bar(config, row)
+    near = [
+        (schedules.largest_difference(curve, _alpha_bar(config, other)), other.trial)
+        for other in records
+        if other.state in ("running", "completed", "stopped")
+        and (other.seed, other.settings) == (row.seed, row.settings)
+        and abs(math.log(other.learning_rate / row.learning_rate)) <= limits.log_learning_rate
+        and abs(other.dropout - row.dropout) <= limits.dropout
+    ]
+    difference, trial = min(near, default=(math.inf, ""))
+    return (trial, difference) if difference < limits.alpha_bar else None
+
+
+def _alpha_bar(config: SearchConfig, row: Row) -> np.ndarray:
+    schedule = space.train_config(config, dataclasses.asdict(row)).schedule
+    return schedules.alpha_bar(schedules.betas(**schedule.model_dump()))

@@ -1,5 +1,6 @@
 """The conditional search space: family first, then that family's own parameters → one TrainConfig."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -8,13 +9,13 @@ import optuna.distributions as od
 from search.config import KnownPoint, Range, SearchConfig, Searched
 from trainer.config import TrainConfig
 
-Params = dict[str, Any]  # names as Optuna knows them: family, cosine.tau, learning_rate, …
+Params = dict[str, Any]  # names as Optuna knows them: family, cosine.tau, learning_rate, train.batch_size, …
 
 
 class Suggester(Protocol):
     """What is needed of an optuna.Trial (Ray hands in a wrapper of one)."""
 
-    def suggest_categorical(self, name: str, choices: list[str]) -> Any: ...
+    def suggest_categorical(self, name: str, choices: list[Any]) -> Any: ...
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> Any: ...
 
 
@@ -29,7 +30,11 @@ def define_by_run(config: SearchConfig) -> Callable[[Suggester], Params]:
 
         family = trial.suggest_categorical("family", list(config.space.families))
         named = parameters(config, family)
-        return {"family": family} | {name: value(name, searched) for name, searched in named.items()}
+        return (
+            {"family": family}
+            | {name: value(name, searched) for name, searched in named.items()}
+            | {name: trial.suggest_categorical(name, choices) for name, choices in choices_of(config).items()}
+        )
 
     return suggest
 
@@ -40,10 +45,23 @@ def parameters(config: SearchConfig, family: str) -> dict[str, Searched]:
     own: dict[str, Searched] = {"start": space.start, "end": space.end}
     if family != "linear":  # a line has no tau
         own["tau"] = space.tau
-    return {f"{family}.{name}": searched for name, searched in own.items()} | {
-        "learning_rate": config.space.learning_rate,
-        "dropout": config.space.dropout,
+    rates = {
+        "learning_rate": (config.space.learning_rate, config.train.learning_rate),
+        "dropout": (config.space.dropout, config.train.dropout),
     }
+    return {f"{family}.{name}": searched for name, searched in own.items()} | {
+        name: base if searched is None else searched for name, (searched, base) in rates.items()
+    }
+
+
+def choices_of(config: SearchConfig) -> dict[str, list[Any]]:
+    """The further settings of a training by Optuna's names, with their choices as Optuna takes them."""
+    return {f"train.{name}": [_as_choice(value) for value in values] for name, values in config.space.train.items()}
+
+
+def _as_choice(value: Any) -> Any:
+    """Optuna's choices are plain values: a list or a mapping is its JSON."""
+    return json.dumps(value) if isinstance(value, list | tuple | dict) else value
 
 
 def distributions(config: SearchConfig, family: str) -> dict[str, od.BaseDistribution]:
@@ -52,18 +70,24 @@ def distributions(config: SearchConfig, family: str) -> dict[str, od.BaseDistrib
     for name, value in parameters(config, family).items():
         if isinstance(value, Range):
             searched[name] = od.FloatDistribution(value.low, value.high, log=value.log)
-    return searched
+    return searched | {name: od.CategoricalDistribution(choices) for name, choices in choices_of(config).items()}
 
 
 def known_params(config: SearchConfig, point: KnownPoint) -> Params:
-    """A known point by Optuna's names; learning rate and dropout are the base training's where it has none."""
+    """A known point by Optuna's names; what it leaves out is the base training's."""
     params: Params = {"family": point.family, f"{point.family}.start": point.start, f"{point.family}.end": point.end}
     if point.family != "linear":
         params[f"{point.family}.tau"] = point.tau
     base = config.train
     params["learning_rate"] = base.learning_rate if point.learning_rate is None else point.learning_rate
     params["dropout"] = base.dropout if point.dropout is None else point.dropout
-    return params
+    settings = dict(point.train)
+    for name, values in config.space.train.items():
+        # the choice that the base training has made, where it is one
+        made = [value for value in values if config.training({name: value}) == base]
+        if name not in settings and made:
+            settings[name] = made[0]
+    return params | {f"train.{name}": _as_choice(value) for name, value in settings.items()}
 
 
 def contains(config: SearchConfig, params: Params) -> bool:
@@ -75,12 +99,15 @@ def contains(config: SearchConfig, params: Params) -> bool:
         inside = searched.low <= value <= searched.high if isinstance(searched, Range) else value == searched
         if not inside:
             return False
-    return True
+    settings = {name: value for name, value in params.items() if name.startswith("train.")}
+    choices = choices_of(config)
+    return settings.keys() == choices.keys() and all(value in choices[name] for name, value in settings.items())
 
 
 def flat(params: Params) -> dict[str, Any]:
-    """Optuna's names → the columns of the trials table: family, start, end, tau, learning_rate, dropout."""
+    """Optuna's names → columns of the trials table: family, start, end, tau, learning_rate, dropout, settings."""
     family = params["family"]
+    settings = {name.removeprefix("train."): value for name, value in params.items() if name.startswith("train.")}
     return {
         "family": family,
         "start": float(params[f"{family}.start"]),
@@ -88,20 +115,27 @@ def flat(params: Params) -> dict[str, Any]:
         "tau": float(params.get(f"{family}.tau", 1.0)),
         "learning_rate": float(params["learning_rate"]),
         "dropout": float(params["dropout"]),
+        "settings": {name: _from_choice(value) for name, value in settings.items()},
     }
+
+
+def _from_choice(choice: Any) -> Any:
+    return json.loads(choice) if isinstance(choice, str) else choice  # no setting that may be searched is a text
 
 
 def params_of(row: Mapping[str, Any]) -> Params:
     """The trials table's columns → Optuna's names: the inverse of `flat`."""
     family = row["family"]
     names = ("start", "end") if family == "linear" else ("start", "end", "tau")
-    return {"family": family, "learning_rate": row["learning_rate"], "dropout": row["dropout"]} | {
-        f"{family}.{name}": row[name] for name in names
-    }
+    return (
+        {"family": family, "learning_rate": row["learning_rate"], "dropout": row["dropout"]}
+        | {f"{family}.{name}": row[name] for name in names}
+        | {f"train.{name}": _as_choice(value) for name, value in row["settings"].items()}
+    )
 
 
 def train_config(config: SearchConfig, row: Mapping[str, Any]) -> TrainConfig:
     """The training of one row of the trials table. Raises pydantic.ValidationError where its schedule breaks a law."""
-    base = config.train.model_dump()
+    base = config.training(row["settings"]).model_dump()
     base["schedule"] |= {name: row[name] for name in ("family", "start", "end", "tau")}
     return TrainConfig.model_validate(base | {name: row[name] for name in ("learning_rate", "dropout", "seed")})

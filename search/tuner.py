@@ -14,6 +14,7 @@ from ray.tune import Callback, Stopper
 
 from evaluation.rung import RungScorer
 from search import trial
+from search.budget import Budget
 from search.config import SearchConfig
 from search.early_stopping import RungScheduler
 from search.interrupt import Interrupt
@@ -29,11 +30,11 @@ TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # interrupt.py takes it
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-ENDED = ("completed", "stopped", "failed", "reused")
+ENDED = ("completed", "stopped", "failed")
 
 
 def trials_left(config: SearchConfig, records: Records) -> int:
-    """Trainings still to be started or finished; screened configurations count in no budget."""
+    """Trainings still to be started or finished; what is screened or reused counts in no budget."""
     return max(0, config.trials - sum(row.state in ENDED for row in records))
 
 
@@ -46,20 +47,23 @@ def search(
     at_once: int,
     use_gpu: bool,
     changed: Callable[[], None],
+    budget: Budget,
     interrupt: Interrupt,
-) -> None:
-    """Runs the search to the end of its budget. changed() is called in this process as trials come on.
+) -> str:
+    """Runs the search to the end of its budget, and says why it ended. changed() is called as trials come on.
 
     Raises KeyboardInterrupt where the user interrupted it: running trials stay `running` in the record.
     """
     left = trials_left(config, records)
-    if not left:
-        return
     os.environ |= TUNE_ENVIRONMENT
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     journal = _fresh_journal(run)
-    watcher = _Watcher(run, journal, changed)
+    watcher = _Watcher(run, journal, changed, budget)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
+    searcher = HonestOptunaSearch(config, metric, records, storage, budget)
+    if spent := budget.spent():
+        searcher.end(spent)
+        return spent
     rungs = config.rung_epochs()
     if config.runner == "reuse":
         run_trial = trial.in_reused_process(run, scorer, rungs, config.report_seconds)
@@ -71,8 +75,8 @@ def search(
     tuner = tune.Tuner(
         tune.with_resources(run_trial, resources),
         tune_config=tune.TuneConfig(
-            search_alg=HonestOptunaSearch(config, metric, records, storage),
-            scheduler=RungScheduler(config.early_stopping, metric, rungs, config.train.epochs, records),
+            search_alg=searcher,
+            scheduler=RungScheduler(config.early_stopping, metric, rungs, config.train.epochs, records, budget),
             num_samples=left,
             max_concurrent_trials=at_once,
             reuse_actors=config.runner == "reuse",
@@ -91,10 +95,13 @@ def search(
     with interrupt.awaited():
         tuner.fit()
     watcher.copy_journal()
+    if not trials_left(config, records):
+        return f"all {config.trials} trials are done"
     if interrupt.requested:
         raise KeyboardInterrupt
-    if left := trials_left(config, records):
-        raise RuntimeError(f"Ray Tune ended with {left} trials left; go on with: ddpm-search resume {run.uri}")
+    if searcher.ended is None:
+        raise RuntimeError(f"Ray Tune ended before the search; go on with: ddpm-search resume {run.uri}")
+    return searcher.ended
 
 
 def _fresh_journal(run: Storage) -> Path:
@@ -121,12 +128,15 @@ class _Stop(Live, Stopper):
 class _Watcher(Live, Callback):
     """Passes Tune's events on, and copies the study where the run is not on a local disk."""
 
-    def __init__(self, run: Storage, journal: Path, changed: Callable[[], None]):
-        self.run, self.journal, self.changed = run, journal, changed
+    def __init__(self, run: Storage, journal: Path, changed: Callable[[], None], budget: Budget):
+        self.run, self.journal, self.changed, self.budget = run, journal, changed, budget
 
     def copy_journal(self) -> None:
         if not self.run.is_local and self.journal.exists():
             self.run.write(JOURNAL, self.journal.read_bytes())
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.budget.tick()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.changed()

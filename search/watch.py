@@ -18,7 +18,10 @@ from trainer.config import ScheduleConfig
 
 SHOWN = 16  # rows of the live table
 WRAPPED_WIDTH = 24  # characters that a column of several lines needs at least
-STATE_STYLE = {"running": "cyan", "completed": "green", "stopped": "yellow", "screened": "magenta", "failed": "red"}
+STATE_STYLE = {
+    "running": "cyan", "completed": "green", "stopped": "yellow", "reused": "blue", "screened": "magenta",
+    "failed": "red",
+}  # fmt: skip
 METRIC_TITLES = {"frechet": "Fréchet", "score": "score", "grid_loss": "grid loss"}
 
 
@@ -31,12 +34,17 @@ def schedule_label(row: Row | dict[str, Any]) -> str:
     return schedule.label()
 
 
+def settings_label(settings: dict[str, Any]) -> str:
+    """batch_size 32, model.channels [16, 32]: what a trial has beside schedule, learning rate and dropout."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
 def in_order(rows: Iterable[Row], metric: str) -> list[Row]:
     """Best first: by how far a trial came, then by its last value there; screened and failed ones last."""
 
     def key(row: Row) -> tuple[Any, ...]:
         if not row.rungs:
-            return row.state in ("screened", "failed"), 0, 0.0, row.trial
+            return row.state in ("reused", "screened", "failed"), 0, 0.0, row.trial
         value = row.rungs[-1][metric]
         sign = -1 if metric == "score" else 1
         return (
@@ -92,9 +100,11 @@ class FittedTable:
 
 def trials_table(rows: Iterable[Row], metric: str, epochs: int, limit: int | None = None) -> FittedTable:
     """The trials, best first."""
-    both = metric != "score"
+    rows, both = list(rows), metric != "score"
+    varied = any(row.settings for row in rows)
     table = FittedTable(
         Column("trial", "left"), Column("schedule", "left"), Column("lr", leaves=4), Column("dropout", leaves=3),
+        *([Column("settings", "left", leaves=6, wraps=True)] if varied else []),
         Column("epoch"), Column(METRIC_TITLES[metric]), *([Column("score", leaves=5)] if both else []),
         Column("seconds", leaves=2), Column("state", "left"), Column("reason", "left", leaves=1, wraps=True),
     )  # fmt: skip
@@ -103,7 +113,8 @@ def trials_table(rows: Iterable[Row], metric: str, epochs: int, limit: int | Non
         last = row.rungs[-1] if row.rungs else {}
         values = [last.get(metric)] + ([last.get("score")] if both else [])
         table.add_row(
-            row.trial, schedule_label(row), f"{row.learning_rate:.1e}", f"{row.dropout:.2f}", f"{row.epoch}/{epochs}",
+            row.trial, schedule_label(row), f"{row.learning_rate:.1e}", f"{row.dropout:.2f}",
+            *([settings_label(row.settings)] if varied else []), f"{row.epoch}/{epochs}",
             *("–" if value is None else f"{value:.4g}" for value in values), f"{row.worker_seconds:.0f}",
             Text(row.state, style=STATE_STYLE.get(row.state, "")), Text(row.reason or "", style="dim"),
         )  # fmt: skip
@@ -114,7 +125,7 @@ def trials_table(rows: Iterable[Row], metric: str, epochs: int, limit: int | Non
 
 def reasons(rows: Iterable[Row]) -> list[Text]:
     """A line for each trial that was never ranked, since a table has room for reasons in wide terminals only."""
-    told = [row for row in rows if row.state in ("screened", "failed")]
+    told = [row for row in rows if row.state in ("reused", "screened", "failed")]
     return [Text(f"{row.trial} {row.state}: {row.reason}", style="dim") for row in told[-SHOWN:]]
 
 

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, TrialScheduler
 
 from search.config import EarlyStoppingConfig
-from search.early_stopping import RungScheduler, goes_on
+from search.early_stopping import RungScheduler, beats_median, goes_on
 from search.records import Records
 from trainer.storage import Storage
 
@@ -25,6 +25,19 @@ def result(epoch: int, value: float | None, metric: str = "frechet", **more):
 
 def tune_trial(key: str, folder: str | None = None) -> SimpleNamespace:
     return SimpleNamespace(config={"trial": key}, trial_id=key, local_path=folder)
+
+
+NO_TRIAL_WAITS = SimpleNamespace(get_live_trials=lambda: [])
+
+
+class Hashed(SimpleNamespace):
+    """Ray's rule keeps trials in sets and dicts."""
+
+    def __init__(self, trial: SimpleNamespace):
+        super().__init__(**vars(trial))
+
+    def __hash__(self) -> int:
+        return hash(self.trial_id)
 
 
 def decide(mine: RungScheduler, key: str, epoch: int, value: float | None, metric: str = "frechet") -> str:
@@ -65,6 +78,44 @@ def test_decisions_are_those_of_ray_s_asha(records, metric, reduction):
         if expected == STOP or at[key] == len(rungs):
             del at[key]
     assert {CONTINUE, STOP} <= set(decisions)
+
+
+@pytest.mark.parametrize("metric", ["frechet", "score"])
+def test_median_decisions_are_those_of_ray_s_rule(records, metric):
+    rng = np.random.default_rng(0)
+    rungs, mode = [1, 3, 6], "max" if metric == "score" else "min"
+    theirs = MedianStoppingRule("epoch", metric, mode, grace_period=1, min_samples_required=3)
+    mine = scheduler(records, metric, rungs, scheduler="median")
+    at, decisions = {row.trial: 0 for row in records}, []
+    trials = {key: tune_trial(key) for key in at}
+    while at:
+        key = str(rng.choice(sorted(at)))
+        report = result(rungs[at[key]], float(rng.normal()), metric)
+        expected = theirs.on_trial_result(NO_TRIAL_WAITS, Hashed(trials[key]), report)
+        assert mine.on_trial_result(None, trials[key], report) == expected
+        decisions.append(expected)
+        at[key] += 1
+        if expected == STOP or at[key] == len(rungs):
+            del at[key]
+    assert decisions.count(STOP) >= 5
+    assert decisions.count(CONTINUE) >= 5
+
+
+def test_the_median_rule_waits_for_three_and_keeps_a_tie():
+    assert beats_median([9.0], [[1.0], [2.0]])
+    assert not beats_median([9.0], [[1.0], [2.0], [3.0]])
+    assert beats_median([2.0], [[1.0], [2.0], [3.0]])
+    assert beats_median([2.0, 9.0], [[1.0, 3.0], [2.0, 2.0], [3.0, 1.0]])  # the best so far counts, not the last
+    assert beats_median([9.0], [[1.0], [2.0], [math.inf]])
+    assert not beats_median([1.0, math.inf], [])
+
+
+def test_the_median_rule_says_what_it_did_and_remembers_after_a_resume(records):
+    for index, value in enumerate([1.0, 2.0, 3.0]):
+        assert decide(scheduler(records, scheduler="median"), f"t{index:04d}", 1, value) == CONTINUE
+    resumed = Records.load(records.run)
+    assert decide(scheduler(resumed, scheduler="median"), "t0003", 1, 2.5) == STOP
+    assert resumed["t0003"].reason == "frechet 2.5 at epoch 1 was 3 of 4 so far, worse than the median"
 
 
 def test_the_first_to_come_passes_and_a_tie_with_the_limit_passes():

@@ -18,8 +18,9 @@ from trainer.storage import Storage
 
 # DESIGN.md, section 6; `source` is ours: which rows are known points, so that a resumed search tries none twice.
 COLUMNS = [
-    "trial", "source", "family", "start", "end", "tau", "learning_rate", "dropout", "seed", "state", "reason", "epoch",
-    "rungs", "worker_seconds", "checkpoint",
+    "trial", "source", "family", "start", "end", "tau", "learning_rate", "dropout", "settings", "seed",
+    "state", "reason",
+    "same_as", "epoch", "rungs", "worker_seconds", "checkpoint",
 ]  # fmt: skip
 
 
@@ -39,7 +40,8 @@ def test_the_table_has_the_columns_of_the_design(records, row):
 
 def test_rows_come_back_as_they_were(records, row, rung):
     rows = [
-        row("t0000-linear", source="known", family="linear", start=1e-4, end=0.02, seed=2**40),
+        row("t0000-linear", source="known", family="linear", start=1e-4, end=0.02, seed=2**40,
+            settings={"batch_size": 32, "model.channels": [16, 32]}),
         row("t0001-cosine", state="screened", reason="prior KL must be below 0.01 – “quoted”, 漢字"),
         row("t0002-cosine", state="stopped", epoch=5, rungs=[rung(2, 9.5), rung(5, None, None, 0.25)],
             worker_seconds=math.pi, checkpoint="train/t0002-cosine/checkpoint_000005"),
@@ -49,6 +51,14 @@ def test_rows_come_back_as_they_were(records, row, rung):
     again = Records.load(records.run)
     assert list(again) == rows
     assert [again[one.trial] for one in rows] == rows
+
+
+def test_a_table_of_another_version_is_read(records, row):
+    records.add(row())
+    table = pq.read_table(io.BytesIO(records.run.read(FILE))).drop_columns(["settings", "same_as"])
+    table = table.append_column("of_a_later_one", [["x"]])
+    pq.write_table(table, f"{records.run.root}/{FILE}")
+    assert list(Records.load(records.run)) == [row()]
 
 
 def test_a_run_without_a_table_has_no_rows(tmp_path):

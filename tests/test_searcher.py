@@ -10,10 +10,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
-from search import searcher, space
+from search import pipeline, samplers, searcher, space
 from search.config import KnownPoint, SearchConfig, UserError, load
 from search.records import Records
 from search.searcher import HonestOptunaSearch
+from search.tuner import trials_left
+from trainer import schedules
 from trainer.config import TrainConfig
 from trainer.storage import Storage
 
@@ -27,6 +29,10 @@ EPOCHS = CONFIG.train.epochs
 @pytest.fixture
 def records(tmp_path):
     return Records(Storage(tmp_path / "run"))
+
+
+def near(point: KnownPoint = INSIDE, **changes: float) -> KnownPoint:
+    return point.model_copy(update=changes)
 
 
 def make(records: Records, known=(), metric="frechet", storage=None, **changes: Any) -> HonestOptunaSearch:
@@ -112,7 +118,7 @@ def test_degenerate_suggestions_are_recorded_with_their_reason_and_never_started
 
 
 def test_a_space_that_holds_nothing_worth_training_is_the_user_s_error(records, monkeypatch):
-    monkeypatch.setattr(searcher, "MAX_SCREENED_IN_A_ROW", 3)
+    monkeypatch.setattr(searcher, "MAX_UNTRAINED_IN_A_ROW", 3)
     weak = {"linear": {"start": {"low": 1e-5, "high": 2e-5}, "end": {"low": 3e-5, "high": 4e-5}}}
     search = make(records, space={"families": weak})
     with pytest.raises(UserError, match=r"3 configurations in a row.*prior KL.*narrow space\.families"):
@@ -182,6 +188,41 @@ def test_an_early_value_is_not_taken_for_a_final_one_as_by_ray_s_own_search(reco
     assert rays._ot_study.best_value == 3.0
     assert [trial.state.name for trial in told(ours)] == ["COMPLETE", "PRUNED"]
     assert ours._ot_study.best_value == 4.0
+
+
+def test_tpe_looks_where_trials_ended_well_and_not_where_they_began_well(records):
+    """Dropout above 0.25 draws well at once and is stopped; below 0.05 it draws less well at first, and ends better."""
+    known = [near(dropout=index / 400 if index % 2 else 0.3 - index / 400) for index in range(20)]
+    fixed = {"families": {"cosine": {"start": 0.2, "end": 1, "tau": 1}}, "learning_rate": CONFIG.train.learning_rate,
+             "dropout": {"low": 0.0, "high": 0.3}}  # fmt: skip
+    ours = make(records, known, space=fixed, reuse={"alpha_bar": 0})
+    rays = OptunaSearch(
+        space.define_by_run(ours.config), metric="frechet", mode="min", sampler=samplers.make(ours.config, 0),
+        points_to_evaluate=[{"family": "cosine", "dropout": point.dropout} for point in known],
+    )  # fmt: skip
+    chosen: tuple[list[float], list[float]] = ([], [])
+    for index in range(len(known) + 10):
+        mine, theirs = records[suggest(ours, f"id{index}")].dropout, rays.suggest(f"id{index}")["dropout"]
+        fast = [dropout > 0.15 for dropout in (mine, theirs)]
+        finish(ours, f"id{index}", *(("stopped", 3.0) if fast[0] else ("completed", 9.0, 6.0, 4.0)))
+        rays.on_trial_complete(f"id{index}", {"frechet": 3.0 if fast[1] else 4.0, "training_iteration": 3})
+        chosen[0].append(mine)
+        chosen[1].append(theirs)
+    assert chosen[0][:20] == chosen[1][:20] == [point.dropout for point in known]
+    assert sum(dropout < 0.15 for dropout in chosen[0][20:]) >= 8
+    assert sum(dropout < 0.15 for dropout in chosen[1][20:]) <= 2  # where a stop is told as an end
+
+
+def test_a_search_by_brute_force_ends_when_all_is_tried(records):
+    fixed = {"families": {"cosine": {"start": 0.2, "end": 1, "tau": 1}}, "learning_rate": 1e-3, "dropout": 0.1,
+             "train": {"batch_size": [32, 64]}}  # fmt: skip
+    search = make(records, space=fixed, searcher="BruteForceSampler")
+    for index in range(2):
+        suggest(search, f"id{index}")
+        finish(search, f"id{index}", "completed", 4.0)
+    assert search.suggest("id2") == search.FINISHED
+    assert sorted(row.settings["batch_size"] for row in records) == [32, 64]
+    assert [one.state for one in told(search)] == 2 * [TrialState.COMPLETE]
 
 
 def test_a_score_is_made_large_and_a_distance_small(records, tmp_path):
@@ -275,3 +316,151 @@ def test_the_journal_opens_with_plain_optuna(records, tmp_path):
     study = optuna.load_study(study_name=CONFIG.name, storage=JournalStorage(JournalFileBackend(file)))
     assert summary(study) == summary(search._ot_study)
     assert (study.best_value, study.best_params["cosine.start"]) == (5.0, 0.2)
+
+
+def test_a_configuration_that_is_the_same_but_for_rounding_is_not_trained_twice(records):
+    search = make(records, [INSIDE, near(start=0.203)])
+    suggest(search, "id0")
+    finish(search, "id0", "completed", 9.0, 3.0, 4.0)
+    key = suggest(search, "id1")  # a suggestion, for the second known point is no news
+    first, reused, suggested = records
+    assert (reused.state, reused.same_as, reused.source) == ("reused", first.trial, "known")
+    assert first.trial in str(reused.reason)
+    assert (reused.rungs, reused.checkpoint, reused.worker_seconds) == ([], None, 0.0)
+    assert (suggested.trial, suggested.source) == (key, "suggested")
+    assert [(one.state, one.value) for one in told(search)[:2]] == 2 * [(TrialState.COMPLETE, 4.0)]
+    assert told(search)[1].params["cosine.start"] == 0.203
+    assert trials_left(search.config, records) == search.config.trials - 1  # it counts in no budget
+    assert [one.trial for one in pipeline._candidates(search.config, records, "frechet")] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({}, True),
+        ({"start": 0.203}, True),
+        ({"start": 0.22}, False),  # alpha_bar differs by 0.0103
+        ({"learning_rate": CONFIG.train.learning_rate * 1.0199}, True),
+        ({"learning_rate": CONFIG.train.learning_rate * 1.0203}, False),
+        ({"learning_rate": CONFIG.train.learning_rate / 1.0203}, False),
+        ({"dropout": 0.0049}, True),
+        ({"dropout": 0.0051}, False),
+        ({"start": 0.203, "learning_rate": CONFIG.train.learning_rate * 1.03}, False),
+    ],
+)
+def test_what_is_the_same_is_what_the_limits_say(records, change, same):
+    search = make(records, [INSIDE, near(**change)])
+    suggest(search, "id0")
+    suggest(search, "id1")
+    assert [row.state for row in records][1] == ("reused" if same else "running")
+    curves = [schedules.alpha_bar(schedules.betas("cosine", start, 1)) for start in (0.2, change.get("start", 0.2))]
+    assert (schedules.largest_difference(*curves) < 0.01) is (change.get("start", 0.2) != 0.22)
+
+
+@pytest.mark.parametrize(
+    ("limit", "states"), [(0.01, ["running", "running", "reused"]), (0.014, ["running", *2 * ["reused"]])]
+)
+def test_one_curve_under_two_names_is_one_trial(records, limit, states):
+    """sigmoid is a function of start / tau and end / tau; cosine(0, 1) lies 0.0132 beside sigmoid(-3, 3, 0.95)."""
+    sigmoid = KnownPoint(family="sigmoid", start=-3, end=3, tau=0.95)
+    scaled = KnownPoint(family="sigmoid", start=-6, end=6, tau=1.9)
+    search = make(records, [KnownPoint(family="cosine", start=0, end=1), sigmoid, scaled], reuse={"alpha_bar": limit})
+    for index in range(3):
+        suggest(search, f"id{index}")
+    assert [row.state for row in records][:3] == states
+
+
+@pytest.mark.parametrize("changes", [{"reuse": {"alpha_bar": 0}}, {"seed": 7}])
+def test_another_seed_or_a_limit_of_zero_trains_it_again(records, changes):
+    known = [INSIDE, INSIDE]
+    suggest(make(records, known), "id0")
+    seed = changes.pop("seed", 0)
+    train = CONFIG.train.model_copy(update={"seed": seed})
+    search = make(Records.load(records.run), known, train=train, **changes)
+    suggest(search, "id0")  # the unfinished one
+    suggest(search, "id1")
+    assert [row.state for row in search.records] == 2 * ["running"]
+
+
+def test_another_batch_size_is_another_trial_and_a_resumed_search_knows_both(records):
+    varied = {"train": {"batch_size": [32, 64], "model": [{"norm_groups": 4}, {"norm_groups": 8}]}}
+    known = [INSIDE, near(train={"batch_size": 32}), near(train={"batch_size": 64})]
+    search = make(records, known, space=CONFIG.space.model_dump() | varied)
+    for index in range(2):
+        suggest(search, f"id{index}")
+        finish(search, f"id{index}", "completed", 4.0 + index)
+    suggest(search, "id2")
+    rows = list(records)
+    assert [(row.state, row.settings["batch_size"]) for row in rows[:3]] == [
+        ("completed", 64), ("completed", 32), ("reused", 64)
+    ]  # fmt: skip
+    rebuilt = make(Records.load(records.run), known, space=CONFIG.space.model_dump() | varied)
+    assert summary(rebuilt._ot_study) == summary(search._ot_study)
+    assert len(summary(rebuilt._ot_study)) == 3
+    suggest(rebuilt, "new0")
+    assert list(rebuilt.records) == rows
+
+
+@pytest.mark.parametrize("state", ["stopped", "failed"])
+def test_a_stopped_trial_is_reused_as_stopped_and_a_failed_one_is_trained_anew(records, state):
+    search = make(records, [INSIDE, INSIDE])
+    suggest(search, "id0")
+    finish(search, "id0", state, 9.0, 8.0)
+    suggest(search, "id1")
+    if state == "stopped":
+        assert [one.state for one in told(search)[:2]] == 2 * [TrialState.PRUNED]
+        assert told(search)[1].intermediate_values == {5: 9.0, 15: 8.0}
+    else:
+        assert [row.state for row in records] == ["failed", "running"]
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        ("completed", (TrialState.COMPLETE, 4.0)),
+        ("stopped", (TrialState.PRUNED, 4.0)),
+        ("failed", (TrialState.FAIL, None)),
+    ],
+)
+def test_what_equals_a_running_trial_waits_for_its_end_and_is_told_that(records, state, expected):
+    search = make(records, [INSIDE, near(start=0.203)])
+    suggest(search, "id0")
+    suggest(search, "id1")
+    assert [one.state for one in told(search)] == 3 * [TrialState.RUNNING]
+    finish(search, "id0", state, 9.0, 3.0, 4.0)
+    assert [(one.state, one.value) for one in told(search)[:2]] == 2 * [expected]
+    search.on_trial_complete("id0")  # a second call changes nothing
+    assert len(told(search)) == 3
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_rebuilt_study_knows_what_was_reused(records, ended):
+    search = make(records, [INSIDE, near(start=0.203)])
+    suggest(search, "id0")
+    suggest(search, "id1")
+    if ended:
+        finish(search, "id0", "stopped", 9.0, 8.0)
+    rebuilt = make(Records.load(records.run), search.config.known_points)
+    if not ended:  # the first goes on, and speaks for both when it ends
+        assert told(rebuilt) == []
+        assert suggest(rebuilt, "new0") == next(iter(records)).trial
+        finish(rebuilt, "new0", "stopped", 9.0, 8.0)
+        finish(search, "id0", "stopped", 9.0, 8.0)
+    assert summary(rebuilt._ot_study) == summary(search._ot_study)
+    assert len(summary(rebuilt._ot_study)) == 2
+
+
+def test_a_search_that_finds_nothing_new_ends_and_so_does_a_resumed_one(records, monkeypatch):
+    monkeypatch.setattr(searcher, "MAX_UNTRAINED_IN_A_ROW", 5)
+    fixed = {"families": {"cosine": {"start": 0.2, "end": 1, "tau": 1}}, "learning_rate": 1e-3, "dropout": 0.0}
+    search = make(records, space=fixed)
+    suggest(search, "id0")
+    assert search.suggest("id1") == search.FINISHED
+    assert "5 suggestions held nothing new" in str(search.ended)
+    assert [row.state for row in records] == ["running", *5 * ["reused"]]
+    finish(search, "id0", "completed", 4.0)
+    assert [(one.state, one.value) for one in told(search)] == 6 * [(TrialState.COMPLETE, 4.0)]
+    rebuilt = make(Records.load(records.run), space=fixed)
+    assert rebuilt.suggest("new0") == search.FINISHED
+    assert len(rebuilt.records) == 6
+    assert len(told(rebuilt)) == 6

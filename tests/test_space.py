@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from search import space
-from search.config import KNOWN_POINTS, KnownPoint, load
+from search.config import FAMILIES, KNOWN_POINTS, KnownPoint, Range, load
 
 CONFIG = load("digits")
 DEFINED = space.define_by_run(CONFIG)
@@ -98,3 +98,58 @@ def test_what_a_row_says_is_trained(row):
 def test_a_row_whose_schedule_breaks_a_law_is_no_training(row):
     with pytest.raises(ValidationError, match=r"start < schedule\.end"):
         space.train_config(CONFIG, dataclasses.asdict(row(family="sigmoid", start=3.0, end=3.0)))
+
+
+VARIED = ["train.batch_size=64", "space.train={batch_size: [32, 64], model.channels: [[16, 32, 32], [32, 32, 32]]}"]
+
+
+def test_further_settings_are_choices_that_reach_the_training():
+    config = load("digits", VARIED)
+    seen = set()
+    for seed in range(12):
+        trial, params = asked(seed, config)
+        columns = space.flat(params)
+        training = space.train_config(config, columns | {"seed": 0})
+        assert columns["settings"]["batch_size"] == training.batch_size
+        assert tuple(columns["settings"]["model.channels"]) == training.model.channels
+        assert trial.distributions == space.distributions(config, params["family"])
+        assert space.params_of(columns) == params
+        assert space.contains(config, params)
+        seen.add((training.batch_size, training.model.channels))
+    assert len(seen) == 4
+
+
+def test_a_group_of_settings_is_laid_over_the_base_training_s():
+    config = load("digits", ["space.train.model=[{channels: [16, 32], attention: [false, true]}, {norm_groups: 4}]"])
+    two, three = (config.training({"model": value}) for value in config.space.train["model"])
+    assert (two.model.channels, two.model.norm_groups) == ((16, 32), config.train.model.norm_groups)
+    assert (three.model.channels, three.model.norm_groups) == (config.train.model.channels, 4)
+
+
+def test_a_known_point_has_the_base_training_s_choices_or_its_own():
+    config = load("digits", VARIED)
+    params = space.known_params(config, KNOWN_POINTS[1])
+    assert space.flat(params)["settings"] == {"batch_size": 64, "model.channels": [16, 32, 32]}
+    assert space.contains(config, params)
+    mine = KNOWN_POINTS[1].model_copy(update={"train": {"batch_size": 32}})
+    assert space.flat(space.known_params(config, mine))["settings"]["batch_size"] == 32
+    # a base training that is none of the choices is outside the space
+    outside = load("digits", [*VARIED, "train.batch_size=8"])
+    assert not space.contains(outside, space.known_params(outside, KNOWN_POINTS[1]))
+
+
+def test_an_override_narrows_one_parameter_and_drops_one_family():
+    config = load("digits", ["space.families.cosine.start=0.1", "space.families.linear=null", "space.dropout.high=0.1"])
+    assert list(config.space.families) == ["polynomial", "cosine", "sigmoid"]
+    assert config.space.families["cosine"].start == 0.1
+    assert config.space.families["cosine"].tau == FAMILIES["cosine"].tau
+    assert config.space.dropout == Range(low=0.0, high=0.1)
+    only = load("digits", ["space.families={cosine: {tau: {low: 1, high: 2}}}"]).space.families
+    assert only == {"cosine": FAMILIES["cosine"].model_copy(update={"tau": Range(low=1, high=2)})}
+
+
+def test_a_dropped_rate_is_the_base_training_s():
+    config = load("digits", ["space.learning_rate=null", "train.learning_rate=3e-3"])
+    trial, params = asked(0, config)
+    assert params["learning_rate"] == 3e-3
+    assert "learning_rate" not in trial.params

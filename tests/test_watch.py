@@ -73,6 +73,13 @@ def test_a_narrow_table_has_no_reasons_and_a_wide_one_has_every_column(rows):
     assert "frechet 55.16 at epoch 11 was 4 of 5 so far" in joined
 
 
+def test_further_settings_have_a_column_where_there_are_any(rows, row):
+    varied = [*rows, row("t0008-linear", settings={"batch_size": 32, "model.channels": [16, 32]})]
+    text = rendered(watch.trials_table(varied, "frechet", 100), 200)
+    assert "batch_size 32, model.channels [16, 32]" in text
+    assert "settings" not in rendered(watch.trials_table(rows, "frechet", 100), 200)
+
+
 def test_the_live_table_says_how_many_more_there_are(rows):
     lines = rendered(watch.trials_table(rows, "frechet", 100, limit=3), 80).splitlines()
     assert [line[:5] for line in lines[1:4]] == ["t0003", "t0001", "t0007"]

@@ -1,0 +1,53 @@
+"""Who suggests the next trial: TPE, random search, or any other of Optuna's samplers."""
+
+import inspect
+import warnings
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler
+
+from search import space
+from search.config import SearchConfig, UserError
+
+# Multivariate: parameters together. Group: a family's own apart from the others'. Constant liar: a running trial counts
+# as a bad one, so that many at once do not try one place.
+DEFAULTS: dict[str, dict[str, Any]] = {"TPESampler": {"multivariate": True, "group": True, "constant_liar": True}}
+SHORT = {"tpe": "TPESampler", "random": "RandomSampler"}
+
+
+def make(config: SearchConfig, seed: int) -> BaseSampler:
+    """The sampler that `searcher` names, with its options. Raises UserError where there is none, or it refuses them."""
+    name, options = SHORT.get(config.searcher.name, config.searcher.name), config.searcher.options
+    named = {n: c for n, c in vars(optuna.samplers).items() if inspect.isclass(c) and issubclass(c, BaseSampler)}
+    known = sorted(name for name, sampler in named.items() if not inspect.isabstract(sampler))
+    if name not in known:
+        raise UserError(f"searcher must be tpe, random, or one of {', '.join(known)}, but is {config.searcher.name!r}")
+    takes = inspect.signature(named[name]).parameters
+    if unknown := options.keys() - takes.keys():
+        raise UserError(
+            f"searcher.options.{min(unknown)}: {name} has no such option; its options are {', '.join(takes)}"
+        )
+    settings = DEFAULTS.get(name, {}) | ({"seed": seed} if "seed" in takes else {}) | options
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return named[name](**settings)
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
+        raise UserError(f"searcher.options of {name}: {error}") from error
+
+
+def check(config: SearchConfig) -> None:
+    """Raises UserError where the searcher cannot search this space: two suggestions of a study of its own are tried."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        study = optuna.create_study(sampler=make(config, 0))
+        study.stop = lambda: None  # type: ignore[method-assign]  # it has tried everything, see HonestOptunaSearch
+        suggest = space.define_by_run(config)
+        try:
+            for _ in range(2):
+                trial = study.ask()
+                suggest(trial)
+                study.tell(trial, 1.0)
+        except Exception as error:  # whatever a sampler says of a space that it was not made for
+            raise UserError(f"searcher {config.searcher.name} cannot search this space: {error}") from error

@@ -1,0 +1,98 @@
+"""What ends a search early: its share of the clock and of the workers, over all the times that it was resumed."""
+
+from types import SimpleNamespace
+
+import pytest
+from optuna.trial import TrialState
+from ray.tune.schedulers import TrialScheduler
+
+from search import budget, tuner
+from search.budget import Budget
+from search.config import BudgetConfig, EarlyStoppingConfig, SearchConfig, load
+from search.early_stopping import RungScheduler
+from search.records import Records
+from search.searcher import HonestOptunaSearch
+
+
+def of(records: Records, **limits: float) -> Budget:
+    return Budget(BudgetConfig(**limits), records.run, records)
+
+
+def test_without_limits_nothing_is_ever_spent(records, row):
+    records.add(row(worker_seconds=1e12))
+    assert of(records).spent() is None
+
+
+@pytest.mark.parametrize(("seconds", "spent"), [(3000, False), (3059, False), (3061, True), (9999, True)])
+def test_the_clock_goes_on_where_the_last_driver_s_stopped_and_the_final_stage_keeps_its_share(records, seconds, spent):
+    records.run.write_json(budget.FILE, {"seconds": seconds, "ended": None})  # of 3600, 15 % are the final stage's
+    reason = of(records, hours=1).spent()
+    assert (reason is not None) is spent
+    if spent:
+        assert reason == "the search's share of budget.hours, 0.85 of 1, was spent"
+    assert (of(records, hours=1, reserve=0).spent() is not None) is (seconds > 3600)
+
+
+def test_the_clock_is_on_record(records):
+    records.run.write_json(budget.FILE, {"seconds": 100.0, "ended": None})
+    counting = of(records)
+    counting.note("all is done")
+    noted = budget.read(records.run)
+    assert noted["ended"] == "all is done"
+    assert 100 <= noted["seconds"] <= counting.seconds() + 0.1 < 110
+    counting.tick()  # within ten seconds: nothing
+    assert budget.read(records.run) == noted
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff"])
+def test_a_damaged_clock_begins_anew(records, content):
+    records.run.write(budget.FILE, content)
+    assert of(records, hours=1).spent() is None
+
+
+def test_worker_hours_are_those_of_all_trials(records, row):
+    records.add(row("t0000-cosine", state="stopped", worker_seconds=2000.0))
+    limited = of(records, worker_hours=1)
+    assert limited.spent() is None
+    records.add(row("t0001-cosine", worker_seconds=1100.0))
+    assert limited.spent() == "the search's share of budget.worker_hours, 0.85 of 1, was spent"
+
+
+@pytest.mark.parametrize("kind", ["asha", "none"])
+def test_a_running_trial_ends_at_its_next_rung_and_one_past_the_last_is_finished(records, row, kind):
+    records.add(row("t0000-cosine"))
+    records.add(row("t0001-cosine"))
+    limited = of(records, worker_hours=1)
+    mine = RungScheduler(EarlyStoppingConfig(scheduler=kind), "frechet", [1, 3], 9, records, limited)
+
+    def decide(key: str, epoch: int, seconds: float) -> str:
+        report = {"epoch": epoch, "rung": True, "frechet": 1.0, "worker_seconds": seconds}
+        return mine.on_trial_result(None, SimpleNamespace(config={"trial": key}), report)
+
+    assert decide("t0000-cosine", 1, 1000.0) == TrialScheduler.CONTINUE
+    assert decide("t0000-cosine", 3, 3000.0) == TrialScheduler.CONTINUE
+    assert decide("t0001-cosine", 1, 1000.0) == TrialScheduler.STOP
+    assert records["t0001-cosine"].state == "stopped"
+    assert "budget.worker_hours" in str(records["t0001-cosine"].reason)
+    assert decide("t0000-cosine", 9, 9000.0) == TrialScheduler.CONTINUE
+    assert records["t0000-cosine"].state == "completed"
+
+
+def test_a_spent_search_begins_nothing_and_stops_what_was_left_unfinished(records):
+    config = SearchConfig.model_validate(load("digits").model_dump() | {"reuse": {"alpha_bar": 0.01}})
+    first = HonestOptunaSearch(config, "frechet", records, None)
+    for index in range(2):
+        assert isinstance(first.suggest(f"id{index}"), dict)
+    records.report(
+        next(iter(records)).trial, {"epoch": 5, "rung": True, "frechet": 7.0, "worker_seconds": 4000.0}, None
+    )
+    again = HonestOptunaSearch(config, "frechet", records, None, of(records, worker_hours=1))
+    assert again.suggest("new0") == again.FINISHED
+    assert "budget.worker_hours" in str(again.ended)
+    assert [row.state for row in records] == 2 * ["stopped"]
+    assert all("not resumed: " in str(row.reason) for row in records)
+    told = again._ot_study.get_trials()
+    assert [(one.state, one.intermediate_values) for one in told] == [
+        (TrialState.PRUNED, {5: 7.0}), (TrialState.PRUNED, {})
+    ]  # fmt: skip
+    assert tuner.trials_left(config, records) == config.trials - 2

@@ -1,0 +1,56 @@
+"""Any sampler of Optuna's may suggest, and what cannot is refused before anything starts."""
+
+import pytest
+from optuna import samplers as optuna_samplers
+
+from search import samplers
+from search.config import UserError, load
+
+ON_A_GRID = (
+    "space={families: {cosine: {start: 0.2, end: 1, tau: 1}}, learning_rate: 0.001, dropout: 0.1, "
+    "train: {batch_size: [32, 64]}}"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [
+        ("tpe", "TPESampler"),
+        ("random", "RandomSampler"),
+        ("QMCSampler", "QMCSampler"),
+        ("NSGAIISampler", "NSGAIISampler"),
+    ],
+)
+def test_samplers_are_had_by_name(name, sampler):
+    config = load("digits", [f"searcher={name}"])
+    assert type(samplers.make(config, 0)) is getattr(optuna_samplers, sampler)
+    samplers.check(config)
+
+
+def test_tpe_knows_of_families_and_of_running_trials_by_default():
+    sampler = samplers.make(load("digits"), 0)
+    assert (sampler._multivariate, sampler._group, sampler._constant_liar) == (True, True, True)
+    plain = samplers.make(load("digits", ["searcher.options={multivariate: false, group: false}"]), 0)
+    assert (plain._multivariate, plain._group, plain._constant_liar) == (False, False, True)
+
+
+def test_a_brute_force_search_suits_a_space_of_choices():
+    samplers.check(load("digits", ["searcher=BruteForceSampler", ON_A_GRID]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        (["searcher=bayes"], ["searcher must be tpe, random", "GPSampler", "'bayes'"]),
+        (["searcher=BaseSampler"], ["'BaseSampler'"]),
+        (["searcher.options.startup=3"], ["searcher.options.startup", "n_startup_trials"]),
+        (["searcher={name: NSGAIISampler, options: {population_size: 1}}"], ["NSGAIISampler", "population_size"]),
+        (["searcher=PartialFixedSampler"], ["PartialFixedSampler", "fixed_params"]),
+        (["searcher=BruteForceSampler"], ["cannot search this space", "step"]),
+        (["searcher={name: GridSampler, options: {search_space: {dropout: [0.1]}}}"], ["cannot search this space"]),
+    ],
+)
+def test_a_refusal_says_what_is_wrong(settings, parts):
+    with pytest.raises(UserError) as refused:
+        samplers.check(load("digits", settings))
+    assert [part for part in parts if part not in str(refused.value)] == [], refused.value
