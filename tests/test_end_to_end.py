@@ -1,5 +1,6 @@
 """Real searches on a real local Ray, through the command line, and what is left after a kill."""
 
+import contextlib
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +64,18 @@ def settings(*values: str) -> list[str]:
     return [part for value in values for part in ("--set", value)]
 
 
-def wait_for(condition, seconds: float, process: subprocess.Popen[str]) -> None:
+@contextlib.contextmanager
+def started(environment: dict[str, str], *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs meanwhile, and is killed where a test fails before its end."""
+    process = subprocess.Popen((*COMMAND, *arguments), env=environment, text=True, stderr=subprocess.PIPE)
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"the command ended with {process.returncode} before its time"
@@ -123,10 +136,8 @@ def test_a_killed_search_is_resumed_without_losing_a_trial_or_an_epoch(environme
     place = Storage(tmp_path / "cut")
     arguments = ("run", "digits", "--name", "cut", "--storage", str(tmp_path))
     setup = settings(*SMALL, "train.epochs=9", "early_stopping.scheduler=none", "report_seconds=0.01")
-    with subprocess.Popen(
-        (*COMMAND, *arguments, *setup), env=environment, text=True, stdout=subprocess.PIPE
-    ) as process:
-        wait_for(lambda: place.exists("trials.parquet") and epochs_done(place) >= 2, 120, process)
+    with started(environment, *arguments, *setup) as process:
+        wait_for(lambda: place.exists("trials.parquet") and epochs_done(place) >= 2, process)
         os.kill(process.pid, signal.SIGKILL)
     before = {row.trial: row for row in Records.load(place)}
     assert any(row.state == "running" for row in before.values())
@@ -153,15 +164,16 @@ def test_a_killed_search_is_resumed_without_losing_a_trial_or_an_epoch(environme
 def test_interrupting_keeps_what_is_done_and_says_how_to_go_on(environment, tmp_path, number):
     place = Storage(tmp_path / "stop")
     arguments = ("run", "digits", "--name", "stop", "--storage", str(tmp_path), *settings(*SMALL, "train.epochs=500"))
-    process = subprocess.Popen((*COMMAND, *arguments), env=environment, text=True, stderr=subprocess.PIPE)
-    wait_for(
-        lambda: place.exists("trials.parquet") and any(r.state == "running" for r in Records.load(place)), 120, process
-    )
-    second = run(environment, "resume", str(tmp_path / "stop"))
-    assert second.returncode == 2
-    assert f"is being worked on by process {process.pid}" in second.stderr
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=90)
+    with started(environment, *arguments) as process:
+        wait_for(
+            lambda: place.exists("trials.parquet") and any(row.state == "running" for row in Records.load(place)),
+            process,
+        )
+        second = run(environment, "resume", str(tmp_path / "stop"))
+        assert second.returncode == 2
+        assert f"is being worked on by process {process.pid}" in second.stderr
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=90)
     assert process.returncode == 130
     assert errors.index("Stopping") < errors.index(f"ddpm-search resume {place.uri}")
     assert "Traceback" not in errors
