@@ -10,8 +10,11 @@ from trainer.config import Config
 class SamplerConfig(Config):
     """One sampler for all trials of a ranking."""
 
-    name: Literal["ddpm", "ddim"] = "ddim"
+    name: Literal["ddpm", "ddim", "dpm++"] = "ddim"
     steps: int = Field(50, ge=1, description="denoising steps; cut to the schedule's T where that is smaller")
+    spacing: Literal["trailing", "leading", "linspace"] = Field(
+        "trailing", description="which steps are visited; only trailing starts at pure noise whatever their number"
+    )
     eta: float = Field(0.0, ge=0, le=1, description="ddim: 0 draws no noise on the way, 1 as much as ddpm")
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
     block_size: int = Field(100, ge=1, description="images a block; one generator a block, so part of the seed")

@@ -163,7 +163,7 @@ def sample(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An exported folder.")],
     out: Annotated[Path, typer.Option(help="FILE.png (a grid), FILE.npz, or a folder of PNG files.")],
     images: Annotated[int, typer.Option(min=1)] = 64,
-    sampler: Annotated[str, typer.Option(help="ddpm or ddim.")] = "ddim",
+    sampler: Annotated[str, typer.Option(help="ddpm, ddim or dpm++.")] = "ddim",
     steps: Annotated[int, typer.Option(min=1)] = 50,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
