@@ -21,6 +21,13 @@ class SamplerConfig(Config):
     seed: int = Field(0, ge=0)
 
 
+class ConfirmConfig(Config):
+    """The best of the final stage trained again from new seeds: then the ranking speaks of configurations."""
+
+    top: int = Field(0, ge=0, description="configurations; 0 confirms none")
+    seeds: int = Field(3, ge=3, description="new trainings of each")
+
+
 class FinalStageConfig(Config):
     """The final stage: the best trials' images, drawn over the cluster and scored."""
 
@@ -29,4 +36,7 @@ class FinalStageConfig(Config):
     split_size: int = Field(5_000, ge=2, description="images a split of the score")
     sampler: SamplerConfig = SamplerConfig()
     extractor: Literal["auto", "classifier", "inception"] = "auto"
-    inception_weights: str | None = Field(None, description="path of torch-fidelity's weights file")
+    inception_weights: str | None = Field(None, description="path of torch-fidelity's weights; None downloads them")
+    weights: Literal["ema", "raw"] = Field("ema", description="raw: as trained, without the moving average")
+    keep_images: bool = Field(False, description="keep every image, in Parquet files beside its features")
+    confirm: ConfirmConfig = ConfirmConfig()

@@ -21,6 +21,7 @@ Coverage, and the calibration of P(best): benchmarks/calibration.py, docs/measur
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -113,12 +114,7 @@ def rank(
     _check(trials, split_size, confidence)
     if not isinstance(reference, FeatureStatistics):
         reference = FeatureStatistics.of(reference)
-    statistics = reference
-
-    def frechet(features: Array) -> tuple[float, Array]:
-        value, moved = frechet_influence(features, statistics)
-        return value, moved / np.sqrt(len(moved) * (len(moved) - 1))
-
+    frechet: Distance = partial(frechet_influence, reference=reference)
     scored, reasons = _score_all(trials, {"frechet": frechet} | dict(distances or {}), split_size)
     rows = [trial.trial for trial in trials if trial.repeats is None]
     repeats = {row: [t.trial for t in trials if t.repeats == row and t.trial in scored] for row in rows}

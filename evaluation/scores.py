@@ -134,11 +134,11 @@ def frechet_distance(a: ArrayLike | FeatureStatistics, b: ArrayLike | FeatureSta
 def frechet_influence(features: ArrayLike, reference: ArrayLike | FeatureStatistics) -> tuple[float, Array]:
     """The Fréchet distance to a fixed reference, and how much each image moves it.
 
-    features: (N, D); reference: real features (M, D) or their statistics. Returns (distance, influence (N,)): to first
-    order the distance of another draw differs by the mean of its images' influences. With m the mean difference, and
-    T the optimal transport map between the covariances (d tr (A B)^(1/2) / dA = T/2),
+    features: (N, D); reference: real features (M, D) or their statistics. Returns (distance, influence (N,)), whose sum
+    of squares is the distance's variance to first order. With m the mean difference, and T the optimal transport map
+    between the covariances (d tr (A B)^(1/2) / dA = T/2), it is 1 / sqrt(N (N-1)) of
 
-        influence(x) = 2 m·c + N/(N-1) c^T (I - T) c - mean,   c = x - mean_a
+        2 m·c + N/(N-1) c^T (I - T) c - mean,   c = x - mean_a
     """
     values = _matrix(features, "features")
     stats_a, stats_b = FeatureStatistics.of(values), _statistics(reference)
@@ -151,7 +151,7 @@ def frechet_influence(features: ArrayLike, reference: ArrayLike | FeatureStatist
     centred = values - stats_a.mean
     spread = np.square(centred).sum(axis=1) - np.square(centred @ root).sum(axis=1)  # c^T (I - T) c
     raw = 2 * centred @ (stats_a.mean - stats_b.mean) + spread * len(values) / (len(values) - 1)
-    return _frechet(stats_a, stats_b, singular), raw - raw.mean()
+    return _frechet(stats_a, stats_b, singular), (raw - raw.mean()) / np.sqrt(len(raw) * (len(raw) - 1))
 
 
 def kid(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Interval:

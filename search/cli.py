@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, a.b=value; a.b+=value appends to a list.")]
 Address = Annotated[str, typer.Option(help="local starts a Ray here; auto or HOST:PORT joins one that runs.")]
 RunPath = Annotated[str, typer.Argument(metavar="PATH", help="The folder of a run, such as runs/digits.")]
+Weights = Enum("Weights", {"ema": "ema", "raw": "raw"})
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -135,7 +137,7 @@ def rank(path: RunPath, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(ranking, indent=2))
     else:
-        console.print(watch.ranking_table(ranking))
+        console.print(watch.ranking_table(ranking), watch.ranking_notes(ranking), sep="\n")
 
 
 @app.command()
@@ -151,11 +153,13 @@ def export(
     path: RunPath,
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     trial: Annotated[str | None, typer.Option(help="The trial; default is the winner.")] = None,
+    weights: Annotated[Weights | None, typer.Option(help="Default: those that were ranked.")] = None,
+    torch_export: Annotated[bool, typer.Option("--torch-export", help="Write denoiser.pt2 too.")] = False,
 ) -> None:
-    """A trial's EMA model as a folder that diffusers loads."""
+    """A trial's model as a folder that diffusers loads."""
     from search import pipeline
 
-    pipeline.export_again(path, trial, out, console)
+    pipeline.export_again(path, trial, out, weights.value if weights else None, torch_export, console)
 
 
 @app.command()
