@@ -10,12 +10,22 @@ from trainer.config import Config
 class SamplerConfig(Config):
     """One sampler for all trials of a ranking."""
 
-    name: Literal["ddpm", "ddim"] = "ddim"
+    name: Literal["ddpm", "ddim", "dpm++"] = "ddim"
     steps: int = Field(50, ge=1, description="denoising steps; cut to the schedule's T where that is smaller")
+    spacing: Literal["trailing", "leading", "linspace"] = Field(
+        "trailing", description="which steps are visited; only trailing starts at pure noise whatever their number"
+    )
     eta: float = Field(0.0, ge=0, le=1, description="ddim: 0 draws no noise on the way, 1 as much as ddpm")
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
     block_size: int = Field(100, ge=1, description="images a block; one generator a block, so part of the seed")
     seed: int = Field(0, ge=0)
+
+
+class ConfirmConfig(Config):
+    """The best of the final stage trained again from new seeds: then the ranking speaks of configurations."""
+
+    top: int = Field(0, ge=0, description="configurations; 0 confirms none")
+    seeds: int = Field(3, ge=3, description="new trainings of each")
 
 
 class FinalStageConfig(Config):
@@ -26,4 +36,7 @@ class FinalStageConfig(Config):
     split_size: int = Field(5_000, ge=2, description="images a split of the score")
     sampler: SamplerConfig = SamplerConfig()
     extractor: Literal["auto", "classifier", "inception"] = "auto"
-    inception_weights: str | None = Field(None, description="path of torch-fidelity's weights file")
+    inception_weights: str | None = Field(None, description="path of torch-fidelity's weights; None downloads them")
+    weights: Literal["ema", "raw"] = Field("ema", description="raw: as trained, without the moving average")
+    keep_images: bool = Field(False, description="keep every image, in Parquet files beside its features")
+    confirm: ConfirmConfig = ConfirmConfig()

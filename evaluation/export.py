@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from trainer import schedules
@@ -15,12 +16,21 @@ from trainer.config import ScheduleConfig
 
 FORMAT = "ddpm-search export 1"  # what marks a folder as ours, so that it may be replaced and read
 PROVENANCE = "provenance.json"
+TORCH_EXPORT = "denoiser.pt2"
 
 
-def export_pipeline(checkpoint: Checkpoint, out: Path, card: str, provenance: dict[str, Any]) -> None:
-    """Writes the EMA model and its schedule to the folder `out`, for `DDPMPipeline.from_pretrained`.
+def export_pipeline(
+    checkpoint: Checkpoint,
+    out: Path,
+    card: str,
+    provenance: dict[str, Any],
+    raw: bool = False,
+    torch_export: bool = False,
+) -> None:
+    """Writes the EMA model (the raw one where asked for) and its schedule, for `DDPMPipeline.from_pretrained`.
 
     card: the text of README.md, see `model_card`. provenance: where the model comes from, kept in provenance.json.
+    torch_export: writes the denoiser to denoiser.pt2 as well.
     The folder appears whole or not at all; an earlier export there is replaced.
     Raises FileExistsError where `out` holds anything else.
     """
@@ -43,7 +53,10 @@ def export_pipeline(checkpoint: Checkpoint, out: Path, card: str, provenance: di
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex}.{kind}") for kind in ("new", "old"))
     try:
-        DDPMPipeline(checkpoint.denoiser(), scheduler).save_pretrained(fresh, safe_serialization=True)
+        denoiser = checkpoint.denoiser(raw)
+        DDPMPipeline(denoiser, scheduler).save_pretrained(fresh, safe_serialization=True)
+        if torch_export:
+            _torch_export(denoiser, checkpoint.meta["image_shape"], fresh / TORCH_EXPORT)
         (fresh / "README.md").write_text(card, encoding="utf-8")
         # Ours goes last over the caller's: a folder that says it is an export can be relied on to be one.
         content = json.dumps(provenance | {"format": FORMAT}, indent=2, allow_nan=False)
@@ -56,6 +69,24 @@ def export_pipeline(checkpoint: Checkpoint, out: Path, card: str, provenance: di
         if old.exists() and not out.exists():
             old.rename(out)
         shutil.rmtree(old, ignore_errors=True)
+
+
+class _Denoiser(nn.Module):
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        eps: torch.Tensor = self.network(x_t, t, return_dict=False)[0]
+        return eps
+
+
+def _torch_export(network: nn.Module, shape: tuple[int, int, int], path: Path) -> None:
+    """(x_t (N, C, H, W), t (N,) int64) → eps, N from 1 to 63: diffusers' upsampling branches at 64."""
+    example = torch.zeros((2, *shape)), torch.zeros(2, dtype=torch.int64)
+    batch = {0: torch.export.Dim.AUTO}
+    program = torch.export.export(_Denoiser(network).eval(), example, dynamic_shapes={"x_t": batch, "t": batch})
+    torch.export.save(program, path)
 
 
 def load_export(folder: Path) -> tuple[nn.Module, np.ndarray, tuple[int, int, int]]:
@@ -80,11 +111,18 @@ def load_export(folder: Path) -> tuple[nn.Module, np.ndarray, tuple[int, int, in
 
 
 def model_card(
-    run_name: str, row: dict[str, Any], data_name: str, ranking: dict[str, Any] | None, entry: dict[str, Any] | None
+    run_name: str,
+    row: dict[str, Any],
+    data_name: str,
+    ranking: dict[str, Any] | None,
+    entry: dict[str, Any] | None,
+    raw: bool = False,
+    torch_export: bool = False,
 ) -> str:
     """README.md of an export, as the Hugging Face hub reads it.
 
-    row: the trial in trials.parquet. ranking: ranking.json, entry: the trial in it; None where it was not scored.
+    row: the trial in trials.parquet. ranking: ranking.json, entry: the trial in it, or the one it repeats; None where
+    it was not scored.
     """
     schedule = ScheduleConfig.model_construct(**{name: row[name] for name in ("family", "start", "end", "tau")})
     lines = [
@@ -97,7 +135,11 @@ def model_card(
         f"# DDPM of {data_name}: {schedule.label()}",
         "",
         f"Trial {row['trial']} of the search {run_name}, written by ddpm-search. "
-        "The weights are their moving average (EMA).",
+        + (
+            "The weights are as trained, not their moving average."
+            if raw
+            else "The weights are their moving average (EMA)."
+        ),
         "",
         "| | |",
         "|---|---|",
@@ -111,7 +153,7 @@ def model_card(
         "",
         "## Quality",
         "",
-        *_quality(ranking, entry),
+        *_quality(ranking, entry, row["trial"], "raw" if raw else "ema"),
         "",
         "## Use",
         "",
@@ -125,11 +167,19 @@ def model_card(
         "",
         f"The schedule is in the scheduler's `trained_betas`. Where the model comes from is in {PROVENANCE}.",
         "",
+        *(
+            [f'`torch.export.load("{TORCH_EXPORT}").module()(x_t, t)` predicts the noise in up to 63 images.', ""]
+            if torch_export
+            else []
+        ),
     ]
     return "\n".join(lines)
 
 
-def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None) -> list[str]:
+def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial: str, weights: str) -> list[str]:
+    """Scores of the entry, and of `trial` alone where the entry is a configuration's."""
+    if ranking is not None and ranking.get("weights", weights) != weights:
+        return [f"Not scored: the ranking is of the {ranking['weights']} weights, these are the {weights} ones."]
     if ranking is None or entry is None or entry["rank"] is None:
         why = f": {entry['reason']}" if entry and entry["reason"] else ""
         return [f"Not scored by the final stage{why}."]
@@ -137,17 +187,27 @@ def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None) -> li
     name, images, real_n = ranking["score_name"], f"{ranking['images']:,} images", f"{real['n']:,}"
     tied = ", ".join(entry["tied_with"]) or "no other"
     sampler = ", ".join(f"{key} {value}" for key, value in ranking["sampler"].items())
+    this, own = "this model", []
+    if entry["confirmed"]:
+        this = f"the configuration, mean of {len(entry['seeds'])} new seeds"
+        own = [
+            f"Seed {seed['seed']} ({seed['trial']}): {name} {seed['score']:.3f}, Fréchet distance {seed['frechet']:.3f}"
+            + ("; **this model**." if seed["trial"] == trial else ".")
+            for seed in entry["by_seed"]
+        ]
     return [
         f"| | {name} | Fréchet distance |",
         "|---|---|---|",
-        f"| this model, {images} | {_estimate(score, 'mean')} | {_estimate(frechet, 'value')} |",
-        f"| this model, {real_n} images | {same['score']:.3f} | {same['frechet']:.3f} |",
+        f"| {this}, {images} | {_estimate(score, 'mean')} | {_estimate(frechet, 'value')} |",
+        f"| {this}, {real_n} images | {same['score']:.3f} | {same['frechet']:.3f} |",
         f"| real held-out images, {real_n} | {real['score']:.3f} | {real['frechet']:.3f} |",
         "",
         f"Rank {entry['rank']} of {sum(e['rank'] is not None for e in ranking['trials'])}; best with probability "
         f"{entry['p_best']:.2f}; not told apart from {tied}. Brackets are 95% confidence intervals, "
         + ("of the configuration." if entry["confirmed"] else "of this trained model, not of its configuration."),
         "",
+        *(f"- {line}" for line in own),
+        *([""] if own else []),
         f"Judged by {ranking['extractor']}; splits of {ranking['split_size']:,} images; sampler {sampler}.",
     ]
 

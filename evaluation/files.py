@@ -39,13 +39,17 @@ def write_images(images: np.ndarray, out: Path) -> None:
 
 
 def read_images(path: Path) -> np.ndarray:
-    """A folder of images, an .npz with `images` (N, H, W, C) uint8, or a Parquet file → (N, H, W, C) uint8.
+    """Images → (N, H, W, C) uint8, from a Parquet file or a folder of some, a folder of image files, or an .npz with
+    `images` (N, H, W, C) uint8.
 
     Parquet: the column `img` or `image`, encoded bytes as in the Hugging Face layout. Raises ValueError, saying why.
     """
     if not path.exists():
         raise ValueError(f"no images at {path}")
     if path.is_dir():
+        tables = sorted(path.glob("*.parquet"))
+        if tables:
+            return _stack([content for table in tables for content in _encoded(table)], path)
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
         return _stack([p.read_bytes() for p in files], path)
     if path.suffix == ".npz":
@@ -56,15 +60,37 @@ def read_images(path: Path) -> np.ndarray:
             raise ValueError(f"images in {path} must be (N, H, W, C) uint8, but are {images.shape} {images.dtype}")
         return images
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        names = pq.read_schema(path).names
-        column = next((name for name in ("img", "image") if name in names), None)
-        if column is None:
-            raise ValueError(f"{path} must have a column img or image, but has {names}")
-        rows = pq.read_table(path, columns=[column])[column].to_pylist()
-        return _stack([row["bytes"] if isinstance(row, dict) else row for row in rows], path)
+        return _stack(_encoded(path), path)
     raise ValueError(f"{path} must be a folder of images, an .npz or a Parquet file")
+
+
+def parquet_of(images: np.ndarray, first: int) -> bytes:
+    """(N, H, W, C) uint8 → a Parquet file of PNG bytes in the Hugging Face layout; `index` counts from `first`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    rows = []
+    for index, pixels in enumerate(images, first):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(buffer, "png")
+        rows.append({"index": index, "image": {"bytes": buffer.getvalue(), "path": f"{index:07d}.png"}})
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([("index", pa.int64()), ("image", image)])), out)
+    return out.getvalue()
+
+
+def _encoded(path: Path) -> list[bytes]:
+    import pyarrow.parquet as pq
+
+    # A pool of threads aborts the process at its end once in a while: see search/records.py.
+    table = pq.ParquetFile(path, pre_buffer=False)
+    column = next((name for name in ("img", "image") if name in table.schema_arrow.names), None)
+    if column is None:
+        raise ValueError(f"{path} must have a column img or image, but has {table.schema_arrow.names}")
+    rows = table.read(columns=[column], use_threads=False)[column].to_pylist()
+    return [row["bytes"] if isinstance(row, dict) else row for row in rows]
 
 
 def read_array(path: Path, name: str) -> tuple[np.ndarray | None, list[str]]:

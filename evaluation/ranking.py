@@ -11,41 +11,53 @@ distribution that makes the mean KL least. Hence image i of split s has the infl
 by the delta method the variance of the score is the sum of their squares. Influences of two trials at one index come
 from one noise, so their sum of products is the covariance that a paired comparison needs.
 
-Coverage of E[score at N] by 95% intervals, simulated: 93-95% for 10 to 1,000 classes and 500 to 5,000 images
-(tests/test_ranking.py repeats those of up to 100 classes). A percentile bootstrap covered 48%: resampling repeats
-images, which shifts the bias.
+Trials that were trained again from new seeds (`TrialSamples.repeats`) are repeats of one configuration. Its score is
+the mean of its new seeds alone: the first one was chosen for being good, and flatters it (the winner's curse). How the
+spread between seeds comes into the interval: evaluation/joint.py.
+
+Coverage, and the calibration of P(best): benchmarks/calibration.py, docs/measure.md. A percentile bootstrap covered
+48%: resampling repeats images, which shifts the bias.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
-from evaluation.scores import Array, FeatureStatistics, frechet_influence, inception_score, split_divergences
+from evaluation.joint import Joint, pool
+from evaluation.scores import (
+    Array,
+    FeatureStatistics,
+    Interval,
+    frechet_influence,
+    inception_score,
+    split_divergences,
+)
 
-P_BEST_DRAWS = 100_000
-P_BEST_SEED = 0
+Distance = Callable[[Array], tuple[float, Array]]  # features (N, D) → value and influences, as scores.kid_influence
 
 
 @dataclass(frozen=True)
 class TrialSamples:
     """What the extractor made of one trial's images: index i is the same noise in every trial.
 
-    `reason` says why there are none (a failed trial); probabilities and features are then not looked at.
+    `reason` says why there are none (a failed trial); probabilities and features are then not looked at. `repeats`
+    names the trial whose configuration this one is, trained from another seed.
     """
 
     trial: str
     probabilities: ArrayLike | None = None  # (N, K)
     features: ArrayLike | None = None  # (N, D)
     reason: str | None = None
+    repeats: str | None = None
 
 
 @dataclass(frozen=True)
 class ScoreEstimate:
-    """`std` is between splits (None where there is one), `ci` of E[score at N]: between 1 and K."""
+    """`std` is between splits (None where there is one, or several seeds), `ci` of E[score at N]: between 1 and K."""
 
     mean: float
     std: float | None
@@ -53,95 +65,159 @@ class ScoreEstimate:
 
 
 @dataclass(frozen=True)
-class FrechetEstimate:
-    """`ci` is of E[distance at N] to the reference as it is: neither is extrapolated to endless images."""
-
-    value: float
-    ci: tuple[float, float]
-
-
-@dataclass(frozen=True)
 class RankedTrial:
-    """One row of ranking.json, less the trial's parameters. A trial that has no score has a reason and no rank."""
+    """One row of ranking.json, less the trial's parameters. A trial that has no score has a reason and no rank.
+
+    `distances` (the Fréchet distance among them) have an interval of E[distance at N] to the reference as it is:
+    neither is extrapolated to endless images. Where the row is confirmed, intervals speak of the configuration, and
+    every number is the mean over `seeds`; `best_seed` is the trial of the highest score among those and the first one.
+    """
 
     rank: int | None
     trial: str
     score: ScoreEstimate | None
-    frechet: FrechetEstimate | None
+    distances: dict[str, Interval]
     p_best: float | None
     tied_with: tuple[str, ...]
     confirmed: bool
     reason: str | None
+    seeds: tuple[str, ...]
+    best_seed: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as json reads them back."""
         row = asdict(self)
-        row["tied_with"] = list(self.tied_with)
-        for name in ("score", "frechet"):
-            if row[name] is not None:
-                row[name]["ci"] = list(row[name]["ci"])
-        return row
+        row |= {"tied_with": list(self.tied_with), "seeds": list(self.seeds)}
+        if self.score is not None:
+            row["score"]["ci"] = list(self.score.ci)
+        found = {name: {"value": at.value, "ci": list(at.ci)} for name, at in row.pop("distances").items()}
+        return row | {"frechet": None} | found
+
+
+def rank(
+    trials: Sequence[TrialSamples],
+    reference: ArrayLike | FeatureStatistics,
+    split_size: int,
+    confidence: float = 0.95,
+    distances: Mapping[str, Distance] | None = None,
+) -> list[RankedTrial]:
+    """Order configurations by score, the highest first: confirmed ones (at least 2 repeats that have a score), then
+    those of one checkpoint, then those without a score in the order given, with their reason.
+
+    reference: real features (M, D) or their statistics; `distances` are others than the Fréchet distance to it.
+    `tied_with` names every row whose paired difference to this one has a confidence interval that contains 0 (each pair
+    on its own: no correction for the number of pairs). `p_best` is the chance to have the highest E[score at N]. Both
+    speak of configurations as soon as one row is confirmed, for then the spread between seeds is known.
+    Raises ValueError where names repeat, trials have different numbers of images, or N < 2. Probabilities that are no
+    distributions and features that are not finite make one trial fail, not the ranking.
+    """
+    _check(trials, split_size, confidence)
+    if not isinstance(reference, FeatureStatistics):
+        reference = FeatureStatistics.of(reference)
+    frechet: Distance = partial(frechet_influence, reference=reference)
+    scored, reasons = _score_all(trials, {"frechet": frechet} | dict(distances or {}), split_size)
+    rows = [trial.trial for trial in trials if trial.repeats is None]
+    repeats = {row: [t.trial for t in trials if t.repeats == row and t.trial in scored] for row in rows}
+    confirmed = {row for row in rows if len(repeats[row]) >= 2}
+    members = {row: repeats[row] if row in confirmed else [row] for row in rows if row in confirmed or row in scored}
+    order = {row: np.mean([scored[name].values["score"] for name in own]) for row, own in members.items()}
+    ranked = sorted(members, key=lambda row: (row not in confirmed, -order[row], row))
+    failed = [
+        RankedTrial(None, row, None, {}, None, (), False, reasons[row], (), None) for row in rows if row not in members
+    ]
+    if not ranked:
+        return failed
+
+    used = [name for row in ranked for name in members[row]]
+    places = [[used.index(name) for name in members[row]] for row in ranked]
+    of_rows: dict[str, tuple[Joint, Array]] = {}
+    for metric in next(iter(scored.values())).values:
+        influences = np.stack([scored[name].influences[metric] for name in used])
+        values = np.array([scored[name].values[metric] for name in used])
+        joint = pool(values, influences @ influences.T, places)
+        of_rows[metric] = joint, joint.intervals([row in confirmed for row in ranked], confidence)
+    joint, score_intervals = of_rows.pop("score")
+    score_intervals = np.clip(score_intervals, 1.0, float(next(iter(scored.values())).classes))
+    tied, chances = joint.ties(confidence), joint.p_best()
+
+    result = []
+    for i, row in enumerate(ranked):
+        std = None if row in confirmed else scored[row].std
+        best = max((name for name in (row, *repeats[row]) if name in scored), key=lambda n: scored[n].values["score"])
+        result.append(
+            RankedTrial(
+                rank=i + 1,
+                trial=row,
+                score=ScoreEstimate(float(joint.means[i]), std, _pair(score_intervals[i])),
+                distances={
+                    name: Interval(float(of.means[i]), _pair(np.maximum(ci[i], 0.0) if name != "kid" else ci[i]))
+                    for name, (of, ci) in of_rows.items()
+                },
+                p_best=float(chances[i]),
+                tied_with=tuple(ranked[j] for j in np.flatnonzero(tied[i])),
+                confirmed=row in confirmed,
+                reason=None,
+                seeds=tuple(members[row]),
+                best_seed=best,
+            )
+        )
+    return result + failed
 
 
 @dataclass(frozen=True)
 class _Scored:
-    trial: str
-    score: ScoreEstimate
-    frechet: FrechetEstimate
-    influence: Array  # (N used,), of the score; its sum of squares is the variance
+    """One trial's values by metric, and the influence of every image on them: its sum of squares is the variance."""
+
+    values: dict[str, float]
+    influences: dict[str, Array]
+    std: float | None
+    classes: int
 
 
-def rank(
-    trials: Sequence[TrialSamples], reference: ArrayLike | FeatureStatistics, split_size: int, confidence: float = 0.95
-) -> list[RankedTrial]:
-    """Order trials by score, the highest first; those without one last, in the order given, with their reason.
-
-    reference: real features (M, D) or their statistics. `tied_with` names every trial whose paired difference to this
-    one has a confidence interval that contains 0 (each pair on its own: no correction for the number of pairs).
-    `p_best` is the chance that this trial has the highest E[score at N]: Gaussian draws around the scores with the
-    influences' joint covariance.
-    Raises ValueError where names repeat, trials have different numbers of images, or N < 2. Probabilities that are no
-    distributions and features that are not finite make one trial fail, not the ranking.
-    """
+def _check(trials: Sequence[TrialSamples], split_size: int, confidence: float) -> None:
     names = [trial.trial for trial in trials]
     if len(set(names)) != len(names):
         raise ValueError(f"trial names must differ, but got {sorted(names)}")
     if split_size < 2 or not 0 < confidence < 1:
         raise ValueError(f"split_size >= 2 and 0 < confidence < 1 must hold, but got {split_size=}, {confidence=}")
-    measured = [trial for trial in trials if trial.reason is None]
-    counts = {trial.trial: len(np.asarray(trial.probabilities)) for trial in measured}
+    counts = {trial.trial: len(np.asarray(trial.probabilities)) for trial in trials if trial.reason is None}
     if len(set(counts.values())) > 1:
         raise ValueError(f"trials must be scored at the same number of images, but got {counts}")
     if counts and min(counts.values()) < 2:
         raise ValueError("an interval needs at least 2 images a trial")
-    if not isinstance(reference, FeatureStatistics):
-        reference = FeatureStatistics.of(reference)
-    z = float(stats.norm.ppf(0.5 + confidence / 2))
 
-    scored: list[_Scored] = []
-    failed: list[RankedTrial] = []
+
+def _score_all(
+    trials: Sequence[TrialSamples], distances: Mapping[str, Distance], split_size: int
+) -> tuple[dict[str, _Scored], dict[str, str]]:
+    """What could be scored, and why the rest could not."""
+    scored, reasons = {}, {}
     for trial in trials:
-        reason = trial.reason
-        if reason is None:
-            try:
-                scored.append(_score(trial, reference, split_size, z))
-                continue
-            except ValueError as error:
-                reason = str(error)
-        failed.append(RankedTrial(None, trial.trial, None, None, None, (), False, reason))
+        try:
+            if trial.reason is not None:
+                raise ValueError(trial.reason)
+            scored[trial.trial] = _score(trial, distances, split_size)
+        except ValueError as error:
+            reasons[trial.trial] = str(error)
+    return scored, reasons
 
-    scored.sort(key=lambda row: (-row.score.mean, row.frechet.value, row.trial))
-    if not scored:
-        return failed
-    means = np.array([row.score.mean for row in scored])
-    influences = np.stack([row.influence for row in scored])  # (T, N used)
-    tied = _ties(means, influences, z)
-    chances = p_best(means, influences @ influences.T)
-    ranked = []
-    for i, row in enumerate(scored):
-        tied_with = tuple(scored[j].trial for j in np.flatnonzero(tied[i]))
-        ranked.append(RankedTrial(i + 1, row.trial, row.score, row.frechet, float(chances[i]), tied_with, False, None))
-    return ranked + failed
+
+def _score(trial: TrialSamples, distances: Mapping[str, Distance], split_size: int) -> _Scored:
+    assert trial.probabilities is not None
+    if trial.features is None:
+        raise ValueError("the trial has probabilities but no features")
+    probabilities, features = np.asarray(trial.probabilities), np.asarray(trial.features)
+    if len(features) != len(probabilities):
+        raise ValueError(f"{len(probabilities)} images have probabilities but {len(features)} have features")
+    score = inception_score(probabilities, split_size)
+    values, influences = {"score": score.mean}, {"score": score_influence(probabilities, split_size)}
+    for name, distance in distances.items():
+        values[name], influences[name] = distance(features)
+    return _Scored(values, influences, score.std, probabilities.shape[1])
+
+
+def _pair(ends: Array) -> tuple[float, float]:
+    return float(ends[0]), float(ends[1])
 
 
 def score_influence(probabilities: ArrayLike, split_size: int) -> Array:
@@ -154,44 +230,3 @@ def score_influence(probabilities: ArrayLike, split_size: int) -> Array:
     splits, n = divergences.shape
     centred = divergences - divergences.mean(axis=1, keepdims=True)
     return np.ravel(scores[:, None] * centred) / (splits * np.sqrt(n * (n - 1)))
-
-
-def p_best(means: Array, covariance: Array) -> Array:
-    """Chance of each of T trials to have the highest true score; means (T,), covariance (T, T). Sums to 1.
-
-    Draws that tie (two trials with the same images) are shared out evenly.
-    """
-    eigenvalues, vectors = np.linalg.eigh(covariance)
-    root = vectors * np.sqrt(np.maximum(eigenvalues, 0.0))  # may be singular, which a Cholesky factor cannot
-    draws = means + np.random.default_rng(P_BEST_SEED).standard_normal((P_BEST_DRAWS, len(means))) @ root.T
-    top = draws.max(axis=1, keepdims=True)
-    best = draws >= top - 1e-9 * np.abs(top)  # the root of a rounding error of 1e-16 is 1e-8 of a standard error
-    return np.asarray((best / best.sum(axis=1, keepdims=True)).mean(axis=0))
-
-
-def _ties(means: Array, influences: Array, z: float) -> np.ndarray:
-    """(T, T) bool: whose paired difference is within its interval of 0. No trial is tied with itself."""
-    tied = np.zeros((len(means), len(means)), dtype=bool)
-    for i in range(len(means)):
-        # From the differences, not from var + var - 2 cov, which cancels for trials that are nearly the same.
-        errors = np.sqrt(np.square(influences - influences[i]).sum(axis=1))
-        tied[i] = np.abs(means - means[i]) <= z * errors
-    return (tied | tied.T) & ~np.eye(len(means), dtype=bool)
-
-
-def _score(trial: TrialSamples, reference: FeatureStatistics, split_size: int, z: float) -> _Scored:
-    assert trial.probabilities is not None
-    if trial.features is None:
-        raise ValueError("the trial has probabilities but no features")
-    probabilities = np.asarray(trial.probabilities)
-    features = np.asarray(trial.features)
-    if len(features) != len(probabilities):
-        raise ValueError(f"{len(probabilities)} images have probabilities but {len(features)} have features")
-    score = inception_score(probabilities, split_size)
-    influence = score_influence(probabilities, split_size)
-    half = z * float(np.sqrt(np.square(influence).sum()))
-    ends = (max(1.0, score.mean - half), min(float(probabilities.shape[1]), score.mean + half))
-    distance, moved = frechet_influence(features, reference)
-    half = z * float(moved.std(ddof=1) / np.sqrt(len(moved)))
-    frechet = FrechetEstimate(distance, (max(0.0, distance - half), distance + half))
-    return _Scored(trial.trial, ScoreEstimate(score.mean, score.std, ends), frechet, influence)

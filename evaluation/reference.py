@@ -8,12 +8,20 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.config import FinalStageConfig, SamplerConfig
-from evaluation.extractors import Classifier, Extraction, Inception, cached_classifier, train_classifier
+from evaluation.extractors import (
+    Classifier,
+    Extraction,
+    Inception,
+    cached_classifier,
+    inception_path,
+    train_classifier,
+)
 from evaluation.rung import Metric, RungScorer
 from evaluation.scores import FeatureStatistics
 from trainer.data import Splits
 
 PROBE_IMAGES = 64  # held-out images of the grid loss
+REAL_IMAGES = 10_000  # training images, at most, that KID, precision and recall compare with pair by pair
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,7 @@ class Reference:
 
     extractor: Classifier | Inception
     train: FeatureStatistics
+    train_features: np.ndarray  # (at most REAL_IMAGES, D)
     held_out: Extraction
     noise: Extraction
     key: str  # of the data and the classifier's weights: what a shard's results depend on
@@ -37,7 +46,7 @@ def prepare(
 ) -> Reference | None:
     """The reference for a data set; None where nothing can judge its images (no labels, no Inception weights).
 
-    Raises ValueError where the configuration asks for an extractor that cannot be had.
+    Raises ValueError or OSError where the configuration asks for an extractor that cannot be had.
     """
     key = splits.key()
     extractor = _extractor(splits, config, cache, key, device, progress)
@@ -47,9 +56,11 @@ def prepare(
     noise = np.random.default_rng(0).standard_normal((max(len(held_out), 2), *held_out.shape[1:]))
     noise = np.clip(np.round((noise + 1) * 127.5), 0, 255).astype(np.uint8)
     progress(f"{extractor.name}: reading the real images")
+    train_features = extractor.extract(splits.train.pixels).features
     return Reference(
         extractor=extractor,
-        train=FeatureStatistics.of(extractor.extract(splits.train.pixels).features),
+        train=FeatureStatistics.of(train_features),
+        train_features=train_features[:REAL_IMAGES].copy(),
         held_out=extractor.extract(held_out),
         noise=extractor.extract(noise),
         key=f"{key}-{_weights_hash(extractor)}",
@@ -70,13 +81,10 @@ def _extractor(
     splits: Splits, config: FinalStageConfig, cache: Path, key: str, device: str, progress: Callable[[str], None]
 ) -> Classifier | Inception | None:
     labelled = splits.train.labels is not None
-    if config.extractor == "inception" or (config.extractor == "auto" and not labelled and config.inception_weights):
-        if not config.inception_weights:
-            raise ValueError(
-                "final.extractor is inception, which needs final.inception_weights: the path of torch-fidelity's "
-                "weights-inception-2015-12-05-6726825d.pth"
-            )
-        return Inception(Path(config.inception_weights).expanduser(), device=device)
+    weights = Path(config.inception_weights).expanduser() if config.inception_weights else None
+    at_hand = weights is not None or inception_path().is_file()
+    if config.extractor == "inception" or (config.extractor == "auto" and not labelled and at_hand):
+        return Inception(weights, device=device)
     if not labelled:
         if config.extractor == "classifier":
             raise ValueError("final.extractor is classifier, which needs labels, but the data set has none")

@@ -1,4 +1,4 @@
-"""Model + image indices → uint8 images: ancestral DDPM and DDIM, the same images whatever the shard.
+"""Model + image indices → uint8 images: ancestral DDPM, DDIM and DPM-Solver++, the same images whatever the shard.
 
 Images come in blocks of `sampler.block_size` indices. Block b has one torch.Generator seeded from (seed, b), which
 draws in the order of diffusers' pipelines: x_T, then the noise of every step that needs some. A block is computed whole
@@ -20,16 +20,20 @@ Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t (N, C, H
 Model = Callable[..., Any]  # a Denoiser, or diffusers' UNet2DModel, which returns eps as `.sample`
 
 
-def timesteps(T: int, steps: int) -> np.ndarray:
-    """The array indices a sampler visits, falling from T - 1: (min(steps, T),) int64.
+def timesteps(T: int, steps: int, spacing: str = "trailing") -> np.ndarray:
+    """The array indices a sampler visits, falling: (min(steps, T),) int64.
 
-    "trailing" spacing of Lin et al. 2023 (arXiv:2305.08891, table 2), as in diffusers. It always visits T - 1:
-    x_T is pure noise, and a sampler that starts earlier ("leading") takes it for an image that still shows through.
-    The last step goes from the last index visited straight to the image.
+    Spacings of Lin et al. 2023 (arXiv:2305.08891, table 2), as in diffusers' DDPM and DDIM schedulers. "trailing"
+    always visits T - 1: x_T is pure noise, and a sampler that starts earlier ("leading", or "linspace" of one step)
+    takes it for an image that still shows through. The last step goes from the last index visited to the image.
     """
     if T < 1 or steps < 1:
         raise ValueError(f"sampler.steps and the schedule's T must be >= 1, but got {steps=}, {T=}")
     steps = min(steps, T)
+    if spacing == "leading":
+        return np.arange(steps, dtype=np.int64)[::-1] * (T // steps)
+    if spacing == "linspace":
+        return np.linspace(0, T - 1, steps).round().astype(np.int64)[::-1]
     return np.round(T - np.arange(steps) * (T / steps)).astype(np.int64) - 1
 
 
@@ -95,16 +99,22 @@ def denoise_block(
 ) -> torch.Tensor:
     """One block as the sampler leaves it: (block_size, C, H, W) float32 on the device, neither clamped nor rounded."""
     device = torch.device(device)
-    visited = timesteps(len(betas), sampler.steps)
+    visited = timesteps(len(betas), sampler.steps, sampler.spacing)
     diffusion = Diffusion(betas).spaced(visited)
     generator = torch.Generator(device).manual_seed(block_seed(sampler.seed, block))
     size = (sampler.block_size, *shape)
 
     with _evaluating(model), torch.inference_mode():
         x = torch.randn(size, generator=generator, device=device)
+        x_0_before = None
         for k, t in zip(range(len(visited) - 1, -1, -1), visited.tolist(), strict=True):
             eps = _predict_eps(model, x, torch.full(size[:1], t, device=device))
             step = torch.full(size[:1], k, device=device)
+            if sampler.name == "dpm++":
+                x_0 = diffusion.predict_x_0(x, step, eps).clamp(-1, 1)
+                x = dpm_step(diffusion.log_alpha_bar, k, x, x_0, x_0_before)
+                x_0_before = x_0
+                continue
             draws = k > 0 and (sampler.name == "ddpm" or sampler.eta > 0)  # the last step's outcome is the image
             noise = torch.randn(size, generator=generator, device=device) if draws else None
             if sampler.name == "ddpm":
@@ -112,6 +122,32 @@ def denoise_block(
             else:
                 x = diffusion.ddim_sample(x, step, eps, noise, sampler.eta)
     return x
+
+
+def dpm_step(
+    log_alpha_bar: np.ndarray, k: int, x: torch.Tensor, x_0: torch.Tensor, x_0_before: torch.Tensor | None
+) -> torch.Tensor:
+    """From step k of a process to k - 1 (to the image from 0): DPM-Solver++(2M), arXiv:2211.01095 algorithm 2.
+
+    log_alpha_bar: (S,) float64 of the steps that are visited. x_0: what the model sees behind x, clipped to [-1, 1] (on
+    a cosine schedule the solver explodes without); x_0_before: what it saw at step k + 1, None at the first step.
+    Coefficients come from logarithms in float64, so they are finite wherever the schedule is.
+    """
+    if k == 0:
+        return x_0
+
+    def log_sigma(i: int) -> float:
+        return 0.5 * float(np.log(-np.expm1(log_alpha_bar[i])))
+
+    def half_log_snr(i: int) -> float:
+        return 0.5 * float(log_alpha_bar[i]) - log_sigma(i)
+
+    h = half_log_snr(k - 1) - half_log_snr(k)
+    if x_0_before is not None:
+        ratio = h / (half_log_snr(k) - half_log_snr(k + 1))
+        x_0 = x_0 + 0.5 * ratio * (x_0 - x_0_before)
+    alpha = float(np.exp(0.5 * log_alpha_bar[k - 1]))
+    return float(np.exp(log_sigma(k - 1) - log_sigma(k))) * x - alpha * float(np.expm1(-h)) * x_0
 
 
 def block_seed(seed: int, block: int) -> int:

@@ -134,11 +134,11 @@ def frechet_distance(a: ArrayLike | FeatureStatistics, b: ArrayLike | FeatureSta
 def frechet_influence(features: ArrayLike, reference: ArrayLike | FeatureStatistics) -> tuple[float, Array]:
     """The Fréchet distance to a fixed reference, and how much each image moves it.
 
-    features: (N, D); reference: real features (M, D) or their statistics. Returns (distance, influence (N,)): to first
-    order the distance of another draw differs by the mean of its images' influences. With m the mean difference, and
-    T the optimal transport map between the covariances (d tr (A B)^(1/2) / dA = T/2),
+    features: (N, D); reference: real features (M, D) or their statistics. Returns (distance, influence (N,)), whose sum
+    of squares is the distance's variance to first order. With m the mean difference, and T the optimal transport map
+    between the covariances (d tr (A B)^(1/2) / dA = T/2), it is 1 / sqrt(N (N-1)) of
 
-        influence(x) = 2 m·c + N/(N-1) c^T (I - T) c - mean,   c = x - mean_a
+        2 m·c + N/(N-1) c^T (I - T) c - mean,   c = x - mean_a
     """
     values = _matrix(features, "features")
     stats_a, stats_b = FeatureStatistics.of(values), _statistics(reference)
@@ -151,7 +151,7 @@ def frechet_influence(features: ArrayLike, reference: ArrayLike | FeatureStatist
     centred = values - stats_a.mean
     spread = np.square(centred).sum(axis=1) - np.square(centred @ root).sum(axis=1)  # c^T (I - T) c
     raw = 2 * centred @ (stats_a.mean - stats_b.mean) + spread * len(values) / (len(values) - 1)
-    return _frechet(stats_a, stats_b, singular), raw - raw.mean()
+    return _frechet(stats_a, stats_b, singular), (raw - raw.mean()) / np.sqrt(len(raw) * (len(raw) - 1))
 
 
 def kid(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Interval:
@@ -161,17 +161,23 @@ def kid(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Interval:
     that of the first Hoeffding projections with their own noise left in, so it is a little wide where a and b have one
     distribution (where the projections vanish), and never empty.
     """
+    value, influence = kid_influence(a, b)
+    half = float(stats.norm.ppf(0.5 + confidence / 2) * np.sqrt(np.square(influence).sum()))
+    return Interval(value, (value - half, value + half))
+
+
+def kid_influence(a: ArrayLike, b: ArrayLike) -> tuple[float, Array]:
+    """`kid`'s value, and the influence of every image on it: (N + M,), first those of a; the sum of squares is the
+    variance, the sum of products with another set's that shares b their covariance."""
     x, y = _matrix(a, "features"), _matrix(b, "features")
     _same_width(x[0], y[0])
-    n, m = len(x), len(y)
-    if min(n, m) < 2:
-        raise ValueError(f"KID needs at least 2 images a side, but got {n} and {m}")
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"KID needs at least 2 images a side, but got {len(x)} and {len(y)}")
     within_x, within_y = _kernel_means(x, x, skip_self=True), _kernel_means(y, y, skip_self=True)
     x_to_y, y_to_x = _kernel_means(x, y), _kernel_means(y, x)
     value = float(within_x.mean() + within_y.mean() - x_to_y.mean() - y_to_x.mean())
-    variance = 4 * ((within_x - x_to_y).var(ddof=1) / n + (within_y - y_to_x).var(ddof=1) / m)
-    half = float(stats.norm.ppf(0.5 + confidence / 2) * np.sqrt(variance))
-    return Interval(value, (value - half, value + half))
+    parts = [2 * (p - p.mean()) / np.sqrt(len(p) * (len(p) - 1)) for p in (within_x - x_to_y, within_y - y_to_x)]
+    return value, np.concatenate(parts)
 
 
 def precision_recall(generated: ArrayLike, real: ArrayLike, k: int = 3) -> PrecisionRecall:

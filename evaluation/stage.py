@@ -15,24 +15,31 @@ import numpy as np
 import ray
 
 from evaluation import scores
-from evaluation.config import FinalStageConfig, SamplerConfig
+from evaluation.config import FinalStageConfig
 from evaluation.extractors import Classifier, Extraction, Inception
-from evaluation.ranking import RankedTrial, TrialSamples, rank
+from evaluation.files import parquet_of
+from evaluation.ranking import Distance, RankedTrial, TrialSamples, rank
 from evaluation.reference import Reference
 from evaluation.sampling import sample_images
+from evaluation.scores import FeatureStatistics
 from trainer import checkpoint, schedules
 from trainer.storage import Storage
 
 BLOCKS_PER_SHARD = 5
 KEPT_IMAGES = 64  # of each trial, for the report
+NEIGHBOURS = 3  # of precision and recall, as Kynkäänniemi 2019
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A trial of the final stage; `checkpoint` is its path below the run."""
+    """A trial of the final stage; `checkpoint` is its path below the run.
+
+    `repeats` names the candidate whose configuration this one is, trained from another seed.
+    """
 
     trial: str
     checkpoint: str
+    repeats: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,31 +51,45 @@ class Shard:
     count: int
     path: str
 
+    @property
+    def images(self) -> str:
+        """Where the images go that are kept."""
+        folder, _, name = self.path.rpartition("/")
+        return f"{folder}/images/{name.removesuffix('.npz')}.parquet"
+
 
 class ShardWorker:
     """Draws and scores shards; keeps the last checkpoint in memory."""
 
-    def __init__(self, run: Storage, sampler: SamplerConfig, device: str):
-        self.run, self.sampler, self.device = run, sampler, device
+    def __init__(self, run: Storage, config: FinalStageConfig, device: str):
+        self.run, self.config, self.device = run, config, device
         self.extractor: Classifier | Inception | None = None
         self.loaded: tuple[str, checkpoint.Checkpoint, Any] | None = None
 
-    def work(self, shard: Shard, extractor: Classifier | Inception) -> None:
+    def work(self, shard: Shard, extractor: Classifier | Inception) -> str | None:
+        """None, or why this checkpoint has no score."""
         # Comes with the task, not the constructor: Ray restarts an actor without the objects that it was made from.
         self.extractor = self.extractor or extractor.to(self.device)
         path = shard.candidate.checkpoint
         if self.loaded is None or self.loaded[0] != path:
             found = checkpoint.load(self.run.at(path))
-            self.loaded = path, found, found.denoiser().to(self.device)
+            self.loaded = path, found, found.denoiser(self.config.weights == "raw").to(self.device)
         _, found, denoiser = self.loaded
         betas = schedules.betas(**found.config.schedule.model_dump())
         shape = tuple(found.meta["image_shape"])
-        images = sample_images(denoiser, betas, shape, self.sampler, shard.first, shard.count, self.device)
+        try:
+            images = sample_images(denoiser, betas, shape, self.config.sampler, shard.first, shard.count, self.device)
+        except FloatingPointError as error:
+            return str(error)
         judged = self.extractor.extract(images)
         buffer = io.BytesIO()
         kept = images[: max(0, KEPT_IMAGES - shard.first)]
         np.savez(buffer, probabilities=judged.probabilities, features=judged.features, images=kept)
+        if self.config.keep_images:
+            self.run.write(shard.images, parquet_of(images, shard.first))
+        # Last, for this is the file that says that a shard is done.
         self.run.write(shard.path, buffer.getvalue())
+        return None
 
 
 ShardActor: Any = ray.remote(max_restarts=3, max_task_retries=3)(ShardWorker)
@@ -82,36 +103,52 @@ def draw(
     workers: int,
     use_gpu: bool,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Draws and scores what is missing of every candidate's images. progress is told (images done, images in all)."""
+) -> dict[str, str]:
+    """Draws and scores what is missing of every candidate's images. progress is told (images done, images in all).
+
+    A worker that is lost costs the shards in flight: Ray starts it again, up to three times, and what it leaves then is
+    done by the others. Returns trial → reason, of trials whose images are not finite. Raises ray's ActorDiedError where
+    no worker is left.
+    """
     shards = [s for c in candidates for s in _shards(run, c, config, reference)]
-    missing = [shard for shard in shards if not run.exists(shard.path)]
+    waiting = [shard for shard in reversed(shards) if not _is_done(run, shard, config)]
     total = sum(shard.count for shard in shards)
-    done = total - sum(shard.count for shard in missing)
+    done = total - sum(shard.count for shard in waiting)
     progress(done, total)
-    if not missing:
-        return
-    device = "cuda" if use_gpu else "cpu"
+    reasons: dict[str, str] = {}
+    if not waiting:
+        return reasons
     extractor = ray.put(reference.extractor.to("cpu"))
     actors = [
-        ShardActor.options(num_cpus=1, num_gpus=int(use_gpu)).remote(run, config.sampler, device)
-        for _ in range(min(workers, len(missing)))
+        ShardActor.options(num_cpus=1, num_gpus=int(use_gpu)).remote(run, config, "cuda" if use_gpu else "cpu")
+        for _ in range(min(workers, len(waiting)))
     ]
+    idle = list(actors)
+    running: dict[Any, tuple[Any, Shard]] = {}
     try:
-        waiting = list(reversed(missing))
-        running = {actor.work.remote(shard, extractor): (actor, shard) for actor in actors if (shard := waiting.pop())}
-        while running:
+        while waiting or running:
+            while idle and waiting:
+                actor, shard = idle.pop(), waiting.pop()
+                running[actor.work.remote(shard, extractor)] = actor, shard
             ready, _ = ray.wait(list(running), num_returns=1)
             actor, shard = running.pop(ready[0])
-            ray.get(ready[0])
+            try:
+                reason = ray.get(ready[0])
+            except ray.exceptions.RayActorError:
+                waiting.append(shard)
+                if not running and not idle:
+                    raise
+                continue
+            idle.append(actor)
+            if reason:
+                reasons[shard.candidate.trial] = reason
+                waiting = [other for other in waiting if other.candidate != shard.candidate]
             done += shard.count
             progress(done, total)
-            if waiting:
-                following = waiting.pop()
-                running[actor.work.remote(following, extractor)] = actor, following
     finally:
         for actor in actors:
             ray.kill(actor)
+    return reasons
 
 
 def ranking(
@@ -120,12 +157,19 @@ def ranking(
     """Ranks what `draw` drew: the content of ranking.json but for the trials' parameters.
 
     notes: trial → reason, for trials that have no images. The real images are the held-out ones; where they are fewer
-    than `config.images`, `at_real_n` has every trial's scores at their number, for a fair comparison.
+    than `config.images`, `at_real_n` has every trial's scores at their number, for a fair comparison. KID, precision
+    and recall (k = 3) compare with `real_images` training images.
     """
-    drawn = {c.trial: _read(run, c, config, reference)[0] for c in candidates}
-    samples = [TrialSamples(trial, judged.probabilities, judged.features) for trial, judged in drawn.items()]
-    samples += [TrialSamples(trial, reason=reason) for trial, reason in notes.items()]
-    ranked = rank(samples, reference.train, config.split_size)
+    drawn = {c.trial: _read(run, c, config, reference)[0] for c in candidates if c.trial not in notes}
+    repeats = {c.trial: c.repeats for c in candidates}
+    samples = [TrialSamples(t, judged.probabilities, judged.features, None, repeats[t]) for t, judged in drawn.items()]
+    samples += [TrialSamples(trial, reason=reason, repeats=repeats.get(trial)) for trial, reason in notes.items()]
+    train, held_out = reference.train_features, FeatureStatistics.of(reference.held_out.features)
+    distances: dict[str, Distance] = {
+        "frechet_held_out": lambda features: scores.frechet_influence(features, held_out),
+        "kid": lambda features: scores.kid_influence(features, train),
+    }
+    ranked = rank(samples, reference.train, config.split_size, distances=distances)
     real_n = min(config.images, len(reference.held_out.features))
 
     def at(judged: Extraction, n: int) -> dict[str, Any]:
@@ -135,27 +179,61 @@ def ranking(
             "frechet": scores.frechet_distance(judged.features[:n], reference.train),
         }
 
-    def row(trial: RankedTrial) -> dict[str, Any]:
-        at_real_n = at(drawn[trial.trial], real_n) if trial.score is not None else None
-        return trial.to_dict() | {"at_real_n": at_real_n}
+    def neighbours(features: np.ndarray) -> dict[str, float | None]:
+        if min(len(features), len(train)) <= NEIGHBOURS:
+            return {"precision": None, "recall": None}
+        return dict(scores.precision_recall(features, train, NEIGHBOURS)._asdict())
 
+    def real_row(judged: Extraction) -> dict[str, Any]:
+        return at(judged, real_n) | {
+            "kid": scores.kid(judged.features[:real_n], train).value,
+            **neighbours(judged.features[:real_n]),
+        }
+
+    def row(trial: RankedTrial) -> dict[str, Any]:
+        """A confirmed row's numbers are means over its seeds; `by_seed` has each, the first one too."""
+        judged = [drawn[seed] for seed in trial.seeds]
+        own = [name for name, of in repeats.items() if trial.trial in (name, of)]
+        return trial.to_dict() | {
+            "at_real_n": _mean([at(seed, real_n) for seed in judged]),
+            "by_seed": [at(drawn[name], config.images) | {"trial": name} for name in own if name in drawn],
+            **(_mean([neighbours(seed.features) for seed in judged]) or {}),
+        }
+
+    n = min(config.split_size, config.images)
     return {
         "extractor": reference.extractor.name,
         "score_name": reference.extractor.score_name,
         "held_out_accuracy": reference.accuracy,
         "images": config.images,
-        "split_size": config.split_size,
+        "split_size": n,
+        "dropped": config.images % n,
+        "real_images": len(train),
         "sampler": config.sampler.model_dump(),
         "steps": config.sampler.steps,
         "seed": config.sampler.seed,
-        "real": at(reference.held_out, real_n),
-        "noise": at(reference.noise, real_n),
+        "weights": config.weights,
+        "real": real_row(reference.held_out),
+        "noise": real_row(reference.noise),
         "trials": [row(trial) for trial in ranked],
     }
 
 
+def _mean(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of every number; None where a row has none."""
+    if not rows:
+        return None
+    return {
+        name: None if rows[0][name] is None else type(rows[0][name])(np.mean([r[name] for r in rows]))
+        for name in rows[0]
+    }
+
+
 def kept_images(run: Storage, candidate: Candidate, config: FinalStageConfig, reference: Reference) -> np.ndarray:
-    """The first images of a candidate, (n, H, W, C) uint8: the same noise for every trial."""
+    """The first images of a candidate, (n, H, W, C) uint8: the same noise for every trial.
+
+    Raises FileNotFoundError where they are no longer there, or were drawn by another version.
+    """
     return _read(run, candidate, config, reference)[1]
 
 
@@ -164,6 +242,7 @@ def _shards(run: Storage, candidate: Candidate, config: FinalStageConfig, refere
     settings = {
         "checkpoint": run.read_json(f"{candidate.checkpoint}/checkpoint.json")["sha256"],
         "sampler": config.sampler.model_dump(),
+        "weights": config.weights,
         "extractor": reference.extractor.name,
         "data": reference.key,
     }
@@ -179,6 +258,10 @@ def _shards(run: Storage, candidate: Candidate, config: FinalStageConfig, refere
         )
         for first in range(0, config.images, size)
     ]
+
+
+def _is_done(run: Storage, shard: Shard, config: FinalStageConfig) -> bool:
+    return run.exists(shard.path) and (not config.keep_images or run.exists(shard.images))
 
 
 def _read(

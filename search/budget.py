@@ -46,6 +46,17 @@ class Budget(Live):
         self.run.write_json(FILE, {"seconds": round(self.seconds(), 1), "ended": ended})
 
 
+def left(config: BudgetConfig, run: Storage, records: Records) -> BudgetConfig | None:
+    """What a run's search has left of its budget, the reserve included; None where that is nothing."""
+    used = {
+        "hours": float(read(run).get("seconds", 0.0)) / 3600,
+        "worker_hours": sum(row.worker_seconds for row in records) / 3600,
+    }
+    allowed = config.model_dump(exclude={"reserve"})
+    rest = {name: None if hours is None else hours - used[name] for name, hours in allowed.items()}
+    return None if any(h is not None and h <= 0 for h in rest.values()) else BudgetConfig(**rest, reserve=0)
+
+
 def read(run: Storage) -> dict[str, Any]:
     """What is on record; nothing where it is lost."""
     try:

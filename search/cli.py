@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +29,7 @@ Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, a.b=value; a.b+=value appends to a list.")]
 Address = Annotated[str, typer.Option(help="local starts a Ray here; auto or HOST:PORT joins one that runs.")]
 RunPath = Annotated[str, typer.Argument(metavar="PATH", help="The folder of a run, such as runs/digits.")]
+Weights = Enum("Weights", {"ema": "ema", "raw": "raw"})
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -140,7 +142,7 @@ def rank(path: RunPath, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(ranking, indent=2))
     else:
-        console.print(watch.ranking_table(ranking))
+        console.print(watch.ranking_table(ranking), watch.ranking_notes(ranking), sep="\n")
 
 
 @app.command()
@@ -156,11 +158,13 @@ def export(
     path: RunPath,
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     trial: Annotated[str | None, typer.Option(help="The trial; default is the winner.")] = None,
+    weights: Annotated[Weights | None, typer.Option(help="Default: those that were ranked.")] = None,
+    torch_export: Annotated[bool, typer.Option("--torch-export", help="Write denoiser.pt2 too.")] = False,
 ) -> None:
-    """A trial's EMA model as a folder that diffusers loads."""
+    """A trial's model as a folder that diffusers loads."""
     from search import pipeline
 
-    pipeline.export_again(path, trial, out, console)
+    pipeline.export_again(path, trial, out, weights.value if weights else None, torch_export, console)
 
 
 @app.command()
@@ -168,7 +172,7 @@ def sample(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An exported folder.")],
     out: Annotated[Path, typer.Option(help="FILE.png (a grid), FILE.npz, or a folder of PNG files.")],
     images: Annotated[int, typer.Option(min=1)] = 64,
-    sampler: Annotated[str, typer.Option(help="ddpm or ddim.")] = "ddim",
+    sampler: Annotated[str, typer.Option(help="ddpm, ddim or dpm++.")] = "ddim",
     steps: Annotated[int, typer.Option(min=1)] = 50,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:

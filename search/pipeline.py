@@ -17,9 +17,9 @@ from cluster import capacity, connect
 from evaluation import export, pictures, reference, report, report_figures, stage
 from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
-from evaluation.rung import Metric
+from evaluation.rung import Metric, RungScorer
 from evaluation.sampling import sample_images
-from search import budget, lease, samplers, tuner, watch
+from search import budget, confirm, lease, samplers, tuner, watch
 from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt
 from search.records import CONFIG, Records, Row, open_run
@@ -112,32 +112,22 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         cluster = capacity.read()
         try:
             at_once = cluster.trials_at_once(config.train.workers)
-            judge = _reference(config, splits, console)
         except ValueError as error:
             raise UserError(str(error)) from error
+        judge = _reference(config, splits, console)
         metric = choose_metric(config, judge, console)
-        settings = config.early_stopping
-        scorer = reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric)
+        scorer = _scorer(config, splits, judge, metric)
         left = tuner.trials_left(config, records)
         if left:
             console.print(f"Searching: {left} trials of {config.train.epochs} epochs, {at_once} at once\n")
-            view = watch.SearchView(console, records, metric, config.train.epochs, config.trials)
-            ended = None
-            try:
-                with view.shown():
-                    ended = tuner.search(
-                        config, run, records, metric, scorer, at_once, cluster.use_gpu, view.changed, allowed, interrupt
-                    )
-            finally:
-                allowed.note(ended)
-            console.print(view.summary())
+            ended = tuner.search(config, run, records, scorer, at_once, cluster.use_gpu, allowed, interrupt, console)
             console.print(f"The search ended: {ended}.")
             table = watch.trials_table(records, metric, config.train.epochs)
             console.print(table, *watch.reasons(records), "", sep="\n")
         if judge is None:
             console.print("No final stage: the data has no labels, and final.inception_weights is not given.")
         else:
-            evaluate(config, run, records, judge, metric, cluster, console)
+            evaluate(config, run, records, judge, scorer, cluster, console, interrupt)
     finish(config, run, records, judge, splits, console)
     if judge is not None and not run.exists(RANKING):
         raise SystemExit(f"ddpm-search: no trial came to a checkpoint: nothing to rank; see {run.uri}/{REPORT}")
@@ -148,21 +138,38 @@ def evaluate(
     run: Storage,
     records: Records,
     judge: Reference,
-    metric: str,
+    scorer: RungScorer,
     cluster: capacity.Capacity,
     console: Console,
+    interrupt: Interrupt,
 ) -> None:
     """The final stage and ranking.json, where any trial came to a checkpoint."""
-    candidates = _candidates(config, records, metric)
+    candidates, notes = _candidates(config, records, scorer.metric), {}
     if not candidates:
         return
-    final = config.final
-    with watch.progress_bar(
-        console, f"Drawing {final.images:,} images of each of {len(candidates)} trials"
-    ) as progress:
-        stage.draw(run, candidates, final, judge, sum(cluster.slots()), cluster.use_gpu, progress)
-    result = stage.ranking(run, candidates, final, judge, notes={})
-    result["trials"] = [row | records[row["trial"]].params() for row in result["trials"]]
+
+    def ranking() -> dict[str, Any]:
+        drawn = [candidate for candidate in candidates if candidate.trial not in notes]
+        what = f"Drawing {config.final.images:,} images of each of {len(drawn)} trials"
+        with watch.progress_bar(console, what) as progress:
+            slots = sum(cluster.slots())
+            notes.update(stage.draw(run, drawn, config.final, judge, slots, cluster.use_gpu, progress))
+        return stage.ranking(run, candidates, config.final, judge, notes)
+
+    result = ranking()
+    best = [row["trial"] for row in result["trials"] if row["rank"]][: config.final.confirm.top]
+    if best:
+        at_once = cluster.trials_at_once(config.train.workers)
+        chosen = [records[trial] for trial in best]
+        repeats, failed = confirm.train_again(config, run, chosen, scorer, at_once, cluster.use_gpu, console, interrupt)
+        candidates += repeats
+        notes.update(failed)
+        result = ranking()
+    rows = {row.trial: row for row in confirm.all_rows(run, records)}
+    for entry in result["trials"]:
+        entry |= rows[entry["trial"]].params() | {"checkpoint": rows[entry["best_seed"] or entry["trial"]].checkpoint}
+        for seed in entry["by_seed"]:
+            seed["seed"] = rows[seed["trial"]].seed
     run.write_json(RANKING, result)
 
 
@@ -172,10 +179,10 @@ def finish(
     """Report, export and samples of the winner, from what the final stage left."""
     ranked = run.read_json(RANKING) if run.exists(RANKING) else None
     if ranked:
-        console.print(watch.ranking_table(ranked), "")
+        console.print(watch.ranking_table(ranked), watch.ranking_notes(ranked), "", sep="\n")
     write_report(config, run, records, judge, splits, ranked)
     console.print(f"Report:   {run.uri}/{REPORT}")
-    winner = next((row["trial"] for row in ranked["trials"] if row["rank"] == 1), None) if ranked else None
+    winner = _winner(ranked) if ranked else None
     if winner is not None and ranked is not None:
         export_trial(config, run, records, ranked, winner, Path(run.root) / "export" if run.is_local else None, console)
 
@@ -188,20 +195,29 @@ def export_trial(
     trial: str,
     out: Path | None,
     console: Console,
+    weights: str | None = None,
+    torch_export: bool = False,
 ) -> None:
-    """Exports a trial to `out` (a local folder; None: RUN/export of a run that is not local) and draws its samples."""
-    row = records[trial]
+    """Exports a trial to `out` (a local folder; None: RUN/export of a run that is not local) and draws its samples.
+
+    weights: ema or raw; None takes those that were ranked.
+    """
+    row = next(row for row in confirm.all_rows(run, records) if row.trial == trial)
     if row.checkpoint is None:
         raise UserError(
             f"trial {trial} has no checkpoint ({row.state}: {row.reason}); choose another: ddpm-search status {run.uri}"
         )
     found = checkpoint.load(run.at(row.checkpoint))
-    entry = next((r for r in ranked["trials"] if r["trial"] == trial), None) if ranked else None
-    card = export.model_card(config.name, dataclasses.asdict(row), config.train.data.name, ranked, entry)
+    entries = ranked["trials"] if ranked else []
+    entry = next((e for e in entries if trial == e["trial"] or trial in (e.get("seeds") or ())), None)
+    raw = (weights or (ranked or {}).get("weights", config.final.weights)) == "raw"
+    data_name = config.train.data.name
+    card = export.model_card(config.name, dataclasses.asdict(row), data_name, ranked, entry, raw, torch_export)
     provenance = {"run": config.name, "trial": trial, "checkpoint": row.checkpoint, "checkpoint_meta": found.meta}
+    provenance["weights"] = "raw" if raw else "ema"
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch) / "export"
-        export.export_pipeline(found, folder, card, provenance)
+        export.export_pipeline(found, folder, card, provenance, raw, torch_export)
         denoiser, betas, shape = export.load_export(folder)
         images = sample_images(denoiser, betas, shape, config.final.sampler, 0, SAMPLES, "cpu")
         picture = folder.parent / "samples.png"
@@ -227,12 +243,13 @@ def write_report(
     samples = {}
     if ranked and judge:
         # As it was ranked, which `evaluate` may have been told to do otherwise than config.yaml.
-        drawn = {name: ranked[name] for name in ("images", "split_size", "sampler")}
+        drawn = {name: ranked[name] for name in ("images", "split_size", "sampler", "weights") if name in ranked}
         final = FinalStageConfig.model_validate(config.final.model_dump() | drawn)
         for row in ranked["trials"]:
-            stored = records[row["trial"]].checkpoint
-            if row["rank"] is not None and stored:
-                samples[row["trial"]] = stage.kept_images(run, stage.Candidate(row["trial"], stored), final, judge)
+            if row["rank"] is not None and row.get("checkpoint"):
+                candidate = stage.Candidate(row["best_seed"], row["checkpoint"])
+                with contextlib.suppress(FileNotFoundError):  # deleted since, to save space
+                    samples[row["trial"]] = stage.kept_images(run, candidate, final, judge)
     curves = {}
     for trial in run.names("tensorboard"):
         with tempfile.TemporaryDirectory() as scratch:
@@ -272,12 +289,25 @@ def _reference(config: SearchConfig, splits: Splits, console: Console) -> Refere
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with console.status("") as status:
-        judge = reference.prepare(splits, config.final, cache_folder(), device, lambda what: status.update(what))
+        try:
+            judge = reference.prepare(splits, config.final, cache_folder(), device, lambda what: status.update(what))
+        except (ValueError, OSError) as error:
+            raise UserError(str(error)) from error
     if judge is not None and judge.accuracy is not None:
         console.print(
             f"Judge:          a classifier of the data's own labels, {judge.accuracy:.1%} right on held-out images"
         )
     return judge
+
+
+def _scorer(config: SearchConfig, splits: Splits, judge: Reference | None, metric: Metric) -> RungScorer:
+    settings = config.early_stopping
+    return reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric)
+
+
+def _winner(ranked: dict[str, Any]) -> str | None:
+    """The best-scored seed of the configuration that ranks first."""
+    return next((row.get("best_seed") or row["trial"] for row in ranked["trials"] if row["rank"] == 1), None)
 
 
 def choose_metric(config: SearchConfig, judge: Reference | None, console: Console) -> Metric:
@@ -297,12 +327,13 @@ def choose_metric(config: SearchConfig, judge: Reference | None, console: Consol
 
 def evaluate_again(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
     """The final stage, ranking, report and export of a run whose search is over or interrupted."""
-    with lease.held(run), connect.connected(address), Interrupt().handled():
+    with lease.held(run), connect.connected(address), Interrupt().handled() as interrupt:
         records = Records.load(run)
         judge = _reference(config, splits, console)
         if judge is None:
             raise UserError("nothing can judge these images: the data has no labels, so give final.inception_weights")
-        evaluate(config, run, records, judge, choose_metric(config, judge, console), capacity.read(), console)
+        scorer = _scorer(config, splits, judge, choose_metric(config, judge, console))
+        evaluate(config, run, records, judge, scorer, capacity.read(), console, interrupt)
     finish(config, run, records, judge, splits, console)
 
 
@@ -316,23 +347,25 @@ def report_again(path: str, console: Console) -> None:
     console.print(f"Report:   {run.uri}/{REPORT}")
 
 
-def export_again(path: str, trial: str | None, out: Path, console: Console) -> None:
+def export_again(
+    path: str, trial: str | None, out: Path, weights: str | None, torch_export: bool, console: Console
+) -> None:
     """A trial's export, the winner's where none is named."""
     config, run, records = open_run(path)
     ranked = run.read_json(RANKING) if run.exists(RANKING) else None
-    known = [row.trial for row in records]
+    known = [row.trial for row in confirm.all_rows(run, records)]
     if trial is None:
         if ranked is None:
             raise UserError(
                 f"no ranking at {path}, so no winner; name a --trial, or first: ddpm-search evaluate {path}"
             )
-        trial = next((row["trial"] for row in ranked["trials"] if row["rank"] == 1), None)
+        trial = _winner(ranked)
         if trial is None:
             raise UserError(f"no trial of {path} could be scored, so there is no winner; name a --trial")
     elif trial not in known:
         raise UserError(f"--trial {trial} is not in this run; its trials are {', '.join(known)}")
     try:
-        export_trial(config, run, records, ranked, trial, out, console)
+        export_trial(config, run, records, ranked, trial, out, console, weights, torch_export)
     except (OSError, checkpoint.BrokenCheckpointError) as error:
         raise UserError(f"trial {trial} cannot be exported to --out {out}: {error}") from error
 

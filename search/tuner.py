@@ -11,6 +11,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from ray.tune import Callback, Stopper
+from rich.console import Console
 
 from evaluation.rung import RungScorer
 from search import trial
@@ -20,6 +21,7 @@ from search.early_stopping import RungScheduler
 from search.interrupt import Interrupt
 from search.records import Live, Records
 from search.searcher import HonestOptunaSearch
+from search.watch import SearchView
 from trainer.storage import Storage
 
 JOURNAL = "study.journal"
@@ -42,7 +44,32 @@ def search(
     config: SearchConfig,
     run: Storage,
     records: Records,
-    metric: str,
+    scorer: RungScorer,
+    at_once: int,
+    use_gpu: bool,
+    budget: Budget,
+    interrupt: Interrupt,
+    console: Console,
+) -> str:
+    """Runs the search to the end of its budget, shown as it comes on, and says why it ended.
+
+    Raises KeyboardInterrupt where the user interrupted it: running trials stay `running` in the record.
+    """
+    view = SearchView(console, records, scorer.metric, config.train.epochs, config.trials)
+    ended = None
+    try:
+        with view.shown():
+            ended = _tune(config, run, records, scorer, at_once, use_gpu, view.changed, budget, interrupt)
+    finally:
+        budget.note(ended)
+    console.print(view.summary())
+    return ended
+
+
+def _tune(
+    config: SearchConfig,
+    run: Storage,
+    records: Records,
     scorer: RungScorer,
     at_once: int,
     use_gpu: bool,
@@ -50,10 +77,7 @@ def search(
     budget: Budget,
     interrupt: Interrupt,
 ) -> str:
-    """Runs the search to the end of its budget, and says why it ended. changed() is called as trials come on.
-
-    Raises KeyboardInterrupt where the user interrupted it: running trials stay `running` in the record.
-    """
+    metric = scorer.metric
     left = trials_left(config, records)
     os.environ |= TUNE_ENVIRONMENT
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -95,10 +119,10 @@ def search(
     with interrupt.awaited():
         tuner.fit()
     watcher.copy_journal()
-    if not trials_left(config, records):
-        return f"all {config.trials} trials are done"
     if interrupt.requested:
         raise KeyboardInterrupt
+    if not trials_left(config, records):
+        return f"all {config.trials} trials are done"
     if searcher.ended is None:
         raise RuntimeError(f"Ray Tune ended before the search; go on with: ddpm-search resume {run.uri}")
     return searcher.ended

@@ -201,16 +201,18 @@ def ranking_table(ranking: dict[str, Any]) -> FittedTable:
     """ranking.json as a table, with the real images above and the noise below."""
     score_name = ranking["score_name"]
     table = FittedTable(
-        Column("rank"), Column("trial", "left"), Column("schedule", "left"), Column("lr", leaves=3),
-        Column("dropout", leaves=2), Column(score_name.replace(" ", "\n")), Column("95% CI", leaves=5),
-        Column("Fréchet"), Column("95% CI", leaves=1), Column("P(best)", leaves=6),
-        Column("tied with", "left", leaves=4, wraps=True),
+        Column("rank"), Column("trial", "left"), Column("schedule", "left"), Column("lr", leaves=5),
+        Column("dropout", leaves=4), Column(score_name.replace(" ", "\n")), Column("95% CI", leaves=7),
+        Column("Fréchet"), Column("95% CI", leaves=3), Column("KID\nx 1000", leaves=2),
+        Column("precision\nrecall", leaves=1), Column("P(best)", leaves=8),
+        Column("tied with", "left", leaves=6, wraps=True),
     )  # fmt: skip
     real, noise = ranking["real"], ranking["noise"]
 
     def reference(name: str, row: dict[str, Any]) -> None:
         n = "" if row["n"] == ranking["images"] else f"N {row['n']:,}"
-        table.add_row("", name, n, "", "", f"{row['score']:.3f}", "", f"{row['frechet']:.2f}", style="dim")
+        score, frechet = f"{row['score']:.3f}", f"{row['frechet']:.2f}"
+        table.add_row("", name, n, "", "", score, "", frechet, "", *_diversity(row, row.get("kid")), style="dim")
 
     reference("real, held out", real)
     for row in ranking["trials"]:
@@ -222,16 +224,42 @@ def ranking_table(ranking: dict[str, Any]) -> FittedTable:
             f"{row['dropout']:.2f}",
         ]
         if row["score"] is None:
-            table.add_row(*start, "–", "", "–", "", "", row["reason"] or "")
+            table.add_row(*start, "–", "", "–", "", "", "", "", row["reason"] or "")
             continue
         score, frechet = row["score"], row["frechet"]
         table.add_row(
             *start, f"{score['mean']:.3f}", f"{score['ci'][0]:.3f}–{score['ci'][1]:.3f}",
             f"{frechet['value']:.2f}", f"{frechet['ci'][0]:.2f}–{frechet['ci'][1]:.2f}",
-            f"{row['p_best']:.2f}", ", ".join(row["tied_with"]) or "–",
+            *_diversity(row, (row.get("kid") or {}).get("value")), f"{row['p_best']:.2f}",
+            ", ".join(row["tied_with"]) or "–",
         )  # fmt: skip
     reference("Gaussian noise", noise)
     return table
+
+
+def _diversity(row: dict[str, Any], kid: float | None) -> tuple[str, str]:
+    """KID, and precision / recall, of a row that may have none."""
+    shares = row.get("precision"), row.get("recall")
+    return (
+        "–" if kid is None else f"{1000 * kid:.2f}",
+        " / ".join("–" if share is None else f"{share:.2f}" for share in shares),
+    )
+
+
+def ranking_notes(ranking: dict[str, Any]) -> str:
+    """What the numbers of a ranking depend on, in a line or two."""
+    sampler = ", ".join(f"{name} {value}" for name, value in ranking["sampler"].items())
+    confirmed = [row["trial"] for row in ranking["trials"] if row["confirmed"]]
+    dropped = f", {ranking['dropped']} images dropped" if ranking.get("dropped") else ""
+    return (
+        f"{ranking['score_name']} of {ranking['images']:,} images in splits of {ranking['split_size']:,}{dropped}; "
+        f"extractor {ranking['extractor']}; {ranking.get('weights', 'ema')} weights; sampler {sampler}.\n"
+        + (
+            f"Intervals of {', '.join(confirmed)} speak of the configuration, others of the checkpoint."
+            if confirmed
+            else "Intervals speak of each trained checkpoint, not of its configuration (final.confirm)."
+        )
+    )
 
 
 def _clock(seconds: float) -> str:

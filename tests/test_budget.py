@@ -12,6 +12,7 @@ from search.config import BudgetConfig, EarlyStoppingConfig, SearchConfig, load
 from search.early_stopping import RungScheduler
 from search.records import Records
 from search.searcher import HonestOptunaSearch
+from trainer.storage import Storage
 
 
 def of(records: Records, **limits: float) -> Budget:
@@ -96,3 +97,14 @@ def test_a_spent_search_begins_nothing_and_stops_what_was_left_unfinished(record
         (TrialState.PRUNED, {5: 7.0}), (TrialState.PRUNED, {})
     ]  # fmt: skip
     assert tuner.trials_left(config, records) == config.trials - 2
+
+
+def test_what_is_left_is_for_confirming_the_reserve_included(tmp_path, row):
+    run = Storage(tmp_path)
+    records = Records(run, {"a": row("a", worker_seconds=3600.0), "b": row("b", worker_seconds=1800.0)})
+    run.write_json(budget.FILE, {"seconds": 7200, "ended": None})
+    assert budget.left(BudgetConfig(), run, records) == BudgetConfig(reserve=0)
+    rest = budget.left(BudgetConfig(hours=3, worker_hours=2, reserve=0.5), run, records)
+    assert rest == BudgetConfig(hours=1, worker_hours=0.5, reserve=0)
+    assert budget.left(BudgetConfig(hours=2), run, records) is None
+    assert budget.left(BudgetConfig(worker_hours=1.5), run, records) is None

@@ -1,10 +1,13 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from evaluation.ranking import P_BEST_DRAWS, TrialSamples, p_best, rank, score_influence
-from evaluation.scores import FeatureStatistics, frechet_distance, inception_score, softmax_float64
+from evaluation.joint import P_BEST_DRAWS, Joint, pool
+from evaluation.ranking import TrialSamples, rank, score_influence
+from evaluation.scores import FeatureStatistics, frechet_distance, inception_score, kid_influence, softmax_float64
 
 Z = 1.959964
 
@@ -91,16 +94,16 @@ def test_frechet_interval_covers_its_expectation_at_n(n, low, high):
     expected = np.mean([frechet_distance(draw_features(n, rng), REFERENCE) for _ in range(1000)])
     p = draw_probabilities(n, 10, 4, rng)
     rows = [rank([TrialSamples("a", p, draw_features(n, rng))], REFERENCE, n)[0] for _ in range(500)]
-    covered = np.mean([r.frechet.ci[0] <= expected <= r.frechet.ci[1] for r in rows if r.frechet])
+    intervals = [r.distances["frechet"].ci for r in rows]
+    covered = np.mean([lower <= expected <= upper for lower, upper in intervals])
     assert low <= covered <= high
 
 
 def test_interval_is_centred_on_the_estimate_and_is_no_split_std():
     (row,) = rank([trial("a", 4)], REFERENCE, split_size=200)
     assert row.score is not None
-    assert row.frechet is not None
     assert np.mean(row.score.ci) == pytest.approx(row.score.mean)
-    assert np.mean(row.frechet.ci) == pytest.approx(row.frechet.value)
+    assert np.mean(row.distances["frechet"].ci) == pytest.approx(row.distances["frechet"].value)
     assert row.score.std == inception_score(trial("a", 4).probabilities, 200).std
 
 
@@ -162,9 +165,91 @@ def test_equal_trials_are_called_different_in_5_of_100():
 
 def test_p_best_of_two_is_the_normal_probability_of_their_difference():
     covariance = np.array([[1.0, 0.6], [0.6, 2.0]])  # the difference has variance 1.8
-    chances = p_best(np.array([0.5, 0.0]), covariance)
+    chances = Joint(np.array([0.5, 0.0]), covariance, np.zeros(2), np.inf).p_best()
     assert chances[0] == pytest.approx(0.6453, abs=4 * np.sqrt(0.25 / P_BEST_DRAWS))  # Phi(0.5 / sqrt(1.8))
     assert chances.sum() == pytest.approx(1, abs=1e-12)
+
+
+# Configurations: trials that were trained again
+
+
+def repeat(row: str, sharpness: float, seed: int) -> TrialSamples:
+    """Another seed of `row`, whose checkpoint has this sharpness; its images see the noise of all trials."""
+    return replace(trial(f"{row}-seed{seed}", sharpness, own=0.5), repeats=row)
+
+
+def simulate_seeds(rankings: int, counts: tuple[int, ...], between: float, shared: float, rng: np.random.Generator):
+    """(share of means held by their intervals, share of pairs of equal ones that are tied) of one shape of a ranking.
+
+    Checkpoint s of configuration c scores mu_c + between * N(0, 1) + an error of variance 1, of which `shared` is one
+    error of all (their common noise).
+    """
+    members = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
+    covariance = np.full((sum(counts),) * 2, shared) + (1 - shared) * np.eye(sum(counts))
+    held, tied = [], []
+    for _ in range(rankings):
+        noise = rng.multivariate_normal(np.zeros(sum(counts)), covariance, method="cholesky")
+        joint = pool(between * rng.standard_normal(sum(counts)) + noise, covariance, members)
+        low, high = joint.intervals([len(own) > 1 for own in members]).T
+        held.append((low <= 0) & (high >= 0))
+        tied.append(joint.ties()[0, 1])
+    return np.mean(held), np.mean(tied)
+
+
+@pytest.mark.parametrize(("between", "shared"), [(0.0, 0.9), (1.0, 0.5), (3.0, 0.9), (3.0, 0.0)])
+def test_a_confirmed_interval_holds_the_configurations_mean_over_seeds(between, shared):
+    held, tied = simulate_seeds(800, (3, 3, 4), between, shared, np.random.default_rng(5))
+    assert (held >= 0.93).all(), held
+    # Where seeds differ by less than a score's own error, what is shared may be counted a little too much.
+    assert (held <= (0.97 if between else 0.995)).all(), held
+    assert tied >= 0.93
+
+
+def test_one_configuration_alone_has_students_interval():
+    values = np.array([1.0, 2.0, 4.0])
+    joint = pool(values, np.zeros((3, 3)), [[0, 1, 2]])
+    low, high = joint.intervals([True])[0]
+    assert (low, high) == pytest.approx(stats.t.interval(0.95, 2, values.mean(), stats.sem(values)))
+
+
+def test_a_winner_by_luck_is_found_out_and_its_best_seed_is_named():
+    """`lucky` scored high once; its new seeds are worse than those of `steady`."""
+    trials = [trial("lucky", 6, own=0.5), trial("steady", 5, own=0.5), trial("weak", 2)]
+    assert [row.trial for row in rank(trials, REFERENCE, 300)] == ["lucky", "steady", "weak"]
+    seeds = [repeat("lucky", sharpness, i) for i, sharpness in enumerate((3.0, 3.2, 3.4))]
+    seeds += [repeat("steady", sharpness, i) for i, sharpness in enumerate((4.9, 5.0, 5.2))]
+    first, second, third = rank([*trials, *seeds], REFERENCE, 300)
+    assert (first.trial, second.trial, third.trial) == ("steady", "lucky", "weak")
+    assert (first.confirmed, second.confirmed, third.confirmed) == (True, True, False)
+    assert first.seeds == ("steady-seed0", "steady-seed1", "steady-seed2")
+    assert (first.best_seed, second.best_seed, third.best_seed) == ("steady-seed2", "lucky", "weak")
+    alone = {row.trial: row for row in rank([replace(t, repeats=None) for t in seeds], REFERENCE, 300)}
+    scores = [alone[name].score.mean for name in first.seeds]
+    assert first.score.mean == pytest.approx(np.mean(scores))
+    assert first.distances["frechet"].value == pytest.approx(
+        np.mean([alone[name].distances["frechet"].value for name in first.seeds])
+    )
+    assert np.ptp(first.score.ci) > max(np.ptp(row.score.ci) for row in alone.values())
+    assert third.score == rank([trial("weak", 2)], REFERENCE, 300)[0].score  # of the checkpoint, as before
+
+
+def test_a_seed_that_failed_is_left_out_and_one_is_not_enough():
+    lost = TrialSamples("a-seed2", reason="the loss was not finite", repeats="a")
+    (row,) = rank([trial("a", 4), repeat("a", 4, 0), repeat("a", 4.2, 1), lost], REFERENCE, 300)
+    assert row.confirmed
+    assert row.seeds == ("a-seed0", "a-seed1")
+    (row,) = rank([trial("a", 4), repeat("a", 4, 0), lost], REFERENCE, 300)
+    assert not row.confirmed
+    assert row.seeds == ("a",)
+
+
+def test_p_best_of_configurations_counts_the_spread_between_seeds():
+    values = np.array([1.0, 1.1, 1.2, 0.9, 1.0, 1.1])
+    certain = np.zeros((6, 6))
+    joint = pool(values, certain, [[0, 1, 2], [3, 4, 5]])
+    # The difference has Student's t of 4 degrees of freedom: 0.1 of standard error 0.1 * sqrt(2 / 3).
+    assert joint.p_best()[0] == pytest.approx(stats.t.cdf(0.1 / (0.1 * np.sqrt(2 / 3)), 4), abs=0.01)
+    assert pool(values[:2], certain[:2, :2], [[0], [1]]).p_best().tolist() == [0, 1]
 
 
 # What cannot be ranked
@@ -188,7 +273,8 @@ def test_trials_without_a_score_come_last_with_their_reason():
     assert "features must be finite" in str(rows[2].reason)
     assert "are these logits?" in str(rows[3].reason)
     assert rows[0].p_best == 1
-    assert rows[1].score is rows[1].frechet is rows[1].p_best is None
+    assert rows[1].score is rows[1].p_best is rows[1].best_seed is None
+    assert rows[1].distances == {}
 
 
 def test_a_ranking_of_failures_is_still_a_ranking():
@@ -197,12 +283,28 @@ def test_a_ranking_of_failures_is_still_a_ranking():
 
 
 def test_rows_are_what_ranking_json_holds():
-    row = rank([trial("a", 4)], REFERENCE, 300)[0].to_dict()
+    kid = {"kid": lambda features: kid_influence(features, np.asarray(trial("real", 1).features))}
+    row = rank([trial("a", 4)], REFERENCE, 300, distances=kid)[0].to_dict()
     assert json.loads(json.dumps(row, allow_nan=False)) == row
-    assert list(row) == ["rank", "trial", "score", "frechet", "p_best", "tied_with", "confirmed", "reason"]
+    assert set(row) == {
+        *(
+            "rank",
+            "trial",
+            "score",
+            "frechet",
+            "kid",
+            "p_best",
+            "tied_with",
+            "confirmed",
+            "reason",
+            "seeds",
+            "best_seed",
+        )
+    }
     assert list(row["score"]) == ["mean", "std", "ci"]
-    assert list(row["frechet"]) == ["value", "ci"]
+    assert list(row["frechet"]) == list(row["kid"]) == ["value", "ci"]
     assert row["confirmed"] is False
+    assert row["seeds"] == ["a"]
     lost = rank([TrialSamples("a", reason="x")], REFERENCE, 300)[0].to_dict()
     assert lost["score"] is lost["frechet"] is None
 

@@ -1,12 +1,22 @@
 """Laws of evaluation/sampling.py."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    UNet2DModel,
+)
 
 from evaluation.config import SamplerConfig
 from evaluation.sampling import block_seed, denoise_block, sample_block, sample_images, timesteps
+from search.config import KNOWN_POINTS
 from trainer import schedules
 
 COSINE = schedules.betas("cosine", 0, 1)
@@ -134,6 +144,69 @@ def test_ddim_draws_the_gaussian_that_the_exact_recursion_gives(eta, steps):
     assert x.var().item() == pytest.approx(true_variance, rel=4 * (2 / x.numel()) ** 0.5)
 
 
+@pytest.mark.parametrize("steps", [4, 20])
+@pytest.mark.parametrize("curve", [("cosine", 0, 1), ("cosine", 0.2, 1, 2.0), ("linear", 1e-4, 0.02)])
+def test_dpm_solver_is_diffusers_with_x_0_clipped(curve, steps):
+    betas = schedules.betas(*curve)
+    model = gaussian_denoiser(betas)
+    x = torch.randn((4, *SHAPE), generator=torch.Generator().manual_seed(block_seed(3, 2)))
+    scheduler = DPMSolverMultistepScheduler(
+        1000, trained_betas=betas, timestep_spacing="trailing", thresholding=True, sample_max_value=1.0
+    )
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t.repeat(4)), t, x).prev_sample
+    config = SamplerConfig(name="dpm++", steps=steps, block_size=4, seed=3)
+    ours = denoise_block(model, betas, SHAPE, config, 2, "cpu")
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)  # diffusers keeps its tables in float32
+
+
+@pytest.mark.parametrize("point", KNOWN_POINTS, ids=str)
+def test_dpm_solver_nears_the_true_gaussian_as_steps_grow(point):
+    betas = schedules.betas(point.family, point.start, point.end, point.tau)
+    errors = []
+    for steps in (10, 100, 1000):
+        config = SamplerConfig(name="dpm++", steps=steps, block_size=4)
+        x = denoise_block(gaussian_denoiser(betas), betas, (3, 16, 16), config, 0, "cpu").double()  # 3,072 pixels
+        assert x.mean().item() == pytest.approx(MEAN, abs=4 * (VARIANCE / x.numel()) ** 0.5)
+        errors.append(abs(x.var().item() - VARIANCE))
+    assert errors[0] > errors[1] > errors[2] - 0.05 * VARIANCE  # which 3,072 pixels can tell
+    assert errors[2] < 0.2 * VARIANCE
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++"])
+def test_memory_does_not_grow_with_the_number_of_steps(name):
+    """How many of the images on the way are still held when the model is asked for the last time."""
+    alive = []
+    for steps in (5, 50):
+        seen = []
+
+        def model(x, t, seen=seen):
+            seen.append(weakref.ref(x))
+            return x * 0.5
+
+        denoise_block(model, COSINE, (1, 2, 2), SamplerConfig(name=name, steps=steps, block_size=1), 0, "cpu")
+        assert len(seen) == steps
+        alive.append(sum(x() is not None for x in seen))
+    assert alive[0] == alive[1] <= 1
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+@pytest.mark.parametrize("steps", [1, 7, 50, 1000])
+def test_spacings_are_diffusers(spacing, steps):
+    scheduler = DDIMScheduler(1000, timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    np.testing.assert_array_equal(timesteps(1000, steps, spacing), scheduler.timesteps.numpy())
+
+
+def test_the_spacing_of_the_settings_is_used():
+    visited = []
+    for spacing in ("trailing", "leading"):
+        config = SamplerConfig(steps=4, spacing=spacing, block_size=1)
+        denoise_block(lambda x, t: visited.append(int(t[0])) or x, COSINE, (1, 1, 1), config, 0, "cpu")
+    assert visited == [999, 749, 499, 249, 750, 500, 250, 0]
+
+
 @pytest.mark.parametrize(("T", "steps"), [(1000, 50), (1000, 1000), (1000, 7), (1000, 1), (10, 7), (3, 2), (1, 1)])
 def test_timesteps_fall_strictly_from_the_last_index(T, steps):
     visited = timesteps(T, steps)
@@ -153,7 +226,7 @@ def test_no_steps_are_refused(T, steps):
         timesteps(T, steps)
 
 
-@pytest.mark.parametrize("sampler", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5)])
+@pytest.mark.parametrize("sampler", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("dpm++", 0.0)])
 def test_images_do_not_depend_on_shards(unet, sampler):
     config = SamplerConfig(name=sampler[0], eta=sampler[1], steps=3, block_size=4)
     whole = sample_images(unet, COSINE, SHAPE, config, 0, 13, "cpu")
@@ -181,7 +254,7 @@ def test_all_models_see_the_same_noise():
     assert torch.equal(seen[0], expected)
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++"])
 def test_sampling_consumes_no_global_random_numbers(unet, name):
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     sample_block(unet.train(), COSINE, SHAPE, SamplerConfig(name=name, eta=1.0, steps=2, block_size=2), 0, "cpu")
@@ -212,7 +285,13 @@ def test_dropout_is_off_and_every_training_flag_comes_back(unet):
 
 
 @pytest.mark.parametrize(
-    "sampler", [("ddpm", "fixed_small", 0.0), ("ddpm", "fixed_large", 0.0), ("ddim", "fixed_small", 0.5)]
+    "sampler",
+    [
+        ("ddpm", "fixed_small", 0.0),
+        ("ddpm", "fixed_large", 0.0),
+        ("ddim", "fixed_small", 0.5),
+        ("dpm++", "fixed_small", 0.0),
+    ],
 )
 @pytest.mark.parametrize("curve", [("polynomial", 0, 1, 2.0), ("cosine", 0, 1, 20.0), ("sigmoid", 0, 3, 1e-3)])
 def test_float32_sampling_is_finite_where_alpha_bar_meets_0_or_1(curve, sampler):

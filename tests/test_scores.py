@@ -143,6 +143,7 @@ def test_frechet_influence_is_the_derivative_in_the_weight_of_an_image(n):
         return frechet_distance(FeatureStatistics(mean, covariance, n), b)
 
     value, influence = scores.frechet_influence(a, b)
+    influence *= np.sqrt(n * (n - 1))
     assert value == pytest.approx(frechet_distance(a, b), rel=1e-12)
     assert influence.mean() == pytest.approx(0, abs=1e-12)
     step = 1e-5
@@ -183,6 +184,31 @@ def test_kid_of_unequal_sizes_is_the_sum_over_pairs():
 
 
 @pytest.mark.slow
+def test_kid_influence_is_the_derivative_in_the_weight_of_an_image():
+    """Of the sum over pairs, in which an image weighs 1/N with every other."""
+    a, b = random_features(40), random_features(60, shift=0.3, seed=1)
+    kernels = [(x @ y.T / a.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b))]
+
+    def distance(p: np.ndarray, q: np.ndarray) -> float:
+        own = [
+            (w @ (k - np.diag(np.diag(k))) @ w) * len(w) / (len(w) - 1)
+            for w, k in zip((p, q), kernels[:2], strict=True)
+        ]
+        return float(sum(own) - 2 * p @ kernels[2] @ q)
+
+    uniform = np.full(40, 1 / 40), np.full(60, 1 / 60)
+    value, influence = scores.kid_influence(a, b)
+    assert value == pytest.approx(distance(*uniform), rel=1e-12)
+    for side, i in ((0, 3), (0, 17), (1, 5)):
+        n, step, ends = len(uniform[side]), 1e-6, []
+        for e in (-step, step):
+            weights = list(uniform)
+            weights[side] = (1 - e) * uniform[side] + e * (np.arange(n) == i)
+            ends.append(distance(*weights))
+        found = influence[i + 40 * side] * np.sqrt(n * (n - 1))
+        assert found == pytest.approx((ends[1] - ends[0]) / (2 * step), rel=0.02, abs=1e-4)  # but 1/N for its own pair
+
+
 @pytest.mark.parametrize(("shift", "low", "high"), [(0.05, 0.92, 0.99), (0.0, 0.95, 1.0)])
 def test_kid_interval_covers_its_expectation(shift, low, high):
     found = [

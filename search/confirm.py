@@ -1,0 +1,70 @@
+"""The best configurations trained again from new seeds, as trials are: on the cluster, interrupted and resumed alike.
+
+They are a search of their own that suggests nothing, in RUN/confirm with its own table: the first search's trials,
+study and budget stay what they were.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+
+from evaluation.rung import RungScorer
+from evaluation.stage import Candidate
+from search import budget, tuner
+from search.config import SearchConfig
+from search.interrupt import Interrupt
+from search.records import Records, Row
+from trainer.storage import Storage
+
+FOLDER = "confirm"
+
+
+def train_again(
+    config: SearchConfig,
+    run: Storage,
+    chosen: Sequence[Row],
+    scorer: RungScorer,
+    at_once: int,
+    use_gpu: bool,
+    console: Console,
+    interrupt: Interrupt,
+) -> tuple[list[Candidate], dict[str, str]]:
+    """Trains every chosen configuration from `final.confirm.seeds` new seeds, where that is not done yet.
+
+    It may spend what the search has left of the budget, the reserve included.
+    Returns the new candidates of the final stage, and trial → reason of the trainings that failed among them.
+    Raises KeyboardInterrupt where the user interrupted it.
+    """
+    records = Records.load(run.at(FOLDER))
+    known = {row.trial for row in records}
+    parents = {}
+    for row in chosen:
+        for seed in range(row.seed + 1, row.seed + 1 + config.final.confirm.seeds):
+            name = f"{row.trial}-seed{seed}"
+            parents[name] = row.trial
+            if name not in known:
+                records.add(Row(trial=name, source="suggested", seed=seed, **row.params()))
+    to_the_end = config.early_stopping.model_copy(update={"scheduler": "none"})
+    settings = config.model_copy(update={"trials": len(records), "known_points": (), "early_stopping": to_the_end})
+    rest = budget.left(config.budget, run, Records.load(run))
+    left = tuner.trials_left(settings, records)
+    if left and rest is None:
+        console.print("Nothing is confirmed: the budget is spent.")
+    elif left and rest is not None:
+        allowed = budget.Budget(rest, run.at(FOLDER), records)
+        console.print(f"Confirming {', '.join(row.trial for row in chosen)}: {left} trainings from new seeds\n")
+        tuner.search(settings, run.at(FOLDER), records, scorer, at_once, use_gpu, allowed, interrupt, console)
+    done = {row.trial: row for row in all_rows(run, ()) if row.trial in parents}
+    candidates = [Candidate(row.trial, row.checkpoint or "", parents[row.trial]) for row in done.values()]
+    unfinished = [row for row in done.values() if row.state != "completed" or not row.checkpoint]
+    return candidates, {row.trial: row.reason or "not trained to the end" for row in unfinished}
+
+
+def all_rows(run: Storage, records: Iterable[Row]) -> list[Row]:
+    """The rows of a search and those that confirmed it, whose checkpoints' paths are made ones below the run."""
+    repeats = Records.load(run.at(FOLDER))
+    return [
+        *records,
+        *(dataclasses.replace(r, checkpoint=r.checkpoint and f"{FOLDER}/{r.checkpoint}") for r in repeats),
+    ]

@@ -1,0 +1,278 @@
+"""Laws of evaluation/stage.py: what a shard depends on, what is kept, and what a killed worker costs."""
+
+import io
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+
+from evaluation import files, reference, scores, stage
+from evaluation.config import FinalStageConfig, SamplerConfig
+from evaluation.extractors import Classifier, ClassifierNet
+from evaluation.reference import Reference
+from evaluation.scores import FeatureStatistics
+from evaluation.stage import Candidate, ShardWorker
+from trainer import checkpoint, model
+from trainer.config import ModelConfig, ScheduleConfig, TrainConfig
+from trainer.storage import Storage
+
+SHAPE = (1, 8, 8)
+CONFIG = FinalStageConfig(images=50, split_size=20, sampler=SamplerConfig(steps=2, block_size=5))
+
+
+def classifier(seed: int) -> Classifier:
+    """Untrained: it tells images apart all the same."""
+    torch.manual_seed(seed)
+    net = ClassifierNet(1, 10, 8).eval().requires_grad_(False)
+    torch.nn.init.normal_(net.head.weight, std=3.0)
+    return Classifier(net, classes=10, channels=1, image_size=8, accuracy=0.1, held_out=30, seed=seed)
+
+
+def judged_by(extractor: Classifier) -> Reference:
+    rng = np.random.default_rng(0)
+    train, held_out, noise = (rng.integers(0, 256, (n, 8, 8, 1), dtype=np.uint8) for n in (60, 30, 30))
+    features = extractor.extract(train).features
+    key = f"data-{reference._weights_hash(extractor)}"
+    return Reference(
+        extractor,
+        FeatureStatistics.of(features),
+        features,
+        extractor.extract(held_out),
+        extractor.extract(noise),
+        key,
+    )
+
+
+@pytest.fixture(scope="module")
+def judge() -> Reference:
+    return judged_by(classifier(0))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Storage:
+    return Storage(tmp_path / "run")
+
+
+def train(run: Storage, trial: str, seed: int, repeats: str | None = None, broken: bool = False) -> Candidate:
+    """A checkpoint of an untrained model, whose EMA weights are other than its raw ones."""
+    config = TrainConfig(
+        schedule=ScheduleConfig(family="cosine", start=0, end=1, steps=20),
+        model=ModelConfig(
+            channels=(4, 8), attention=(False, True), layers_per_block=1, attention_head_dim=8, norm_groups=2
+        ),
+    )
+    raw, ema = (model.build(config.model, SHAPE, 0.0, s).state_dict() for s in (seed, seed + 100))
+    if broken:
+        ema = {name: value * torch.nan for name, value in ema.items()}
+    meta = {"config": config.model_dump(mode="json"), "image_shape": SHAPE, "step": 1, "epoch": 1, "ema_decay": 0.9}
+    path = f"train/{trial}/checkpoint_000000001"
+    checkpoint.save(run.at(path), {"model": raw, "ema": {"0.9": ema}}, meta)
+    return Candidate(trial, path, repeats)
+
+
+def draw_here(run: Storage, candidates: list[Candidate], config: FinalStageConfig, judge: Reference) -> dict[str, str]:
+    """What `draw` does, without Ray."""
+    reasons = {}
+    worker = ShardWorker(run, config, "cpu")
+    for candidate in candidates:
+        for shard in stage._shards(run, candidate, config, judge):
+            if not stage._is_done(run, shard, config) and (reason := worker.work(shard, judge.extractor)):
+                reasons[candidate.trial] = reason
+    return reasons
+
+
+def test_a_shard_depends_on_checkpoint_sampler_weights_and_the_judges_own_weights(run, judge):
+    a, b = train(run, "a", 0), train(run, "b", 1)
+    paths = {
+        stage._shards(run, candidate, config, of)[0].path.split("/")[2]
+        for candidate, config, of in (
+            (a, CONFIG, judge),
+            (b, CONFIG, judge),
+            (a, CONFIG.model_copy(update={"weights": "raw"}), judge),
+            (a, CONFIG.model_copy(update={"sampler": CONFIG.sampler.model_copy(update={"steps": 3})}), judge),
+            (a, CONFIG, judged_by(classifier(1))),
+        )
+    }
+    assert len(paths) == 5
+    same = CONFIG.model_copy(update={"images": 30, "split_size": 10, "keep_images": True, "top": 1})
+    assert stage._shards(run, a, same, judged_by(classifier(0)))[0] == stage._shards(run, a, CONFIG, judge)[0]
+
+
+def test_raw_weights_draw_other_images_than_the_ema(run, judge):
+    candidate = train(run, "a", 0)
+    raw = CONFIG.model_copy(update={"weights": "raw"})
+    for config in (CONFIG, raw):
+        draw_here(run, [candidate], config, judge)
+    assert (stage.kept_images(run, candidate, raw, judge) != stage.kept_images(run, candidate, CONFIG, judge)).any()
+
+
+def test_kept_images_are_what_was_scored_and_score_reads_them(run, judge):
+    candidate = train(run, "a", 0)
+    draw_here(run, [candidate], CONFIG, judge)
+    before = stage._read(run, candidate, CONFIG, judge)
+    keeping = CONFIG.model_copy(update={"keep_images": True})
+    shards = stage._shards(run, candidate, keeping, judge)
+    assert [stage._is_done(run, shard, CONFIG) for shard in shards] == [True] * 2
+    assert [stage._is_done(run, shard, keeping) for shard in shards] == [False] * 2  # the images are still missing
+    draw_here(run, [candidate], keeping, judge)
+    images = files.read_images(Path(run.root, shards[0].images).parent)
+    assert images.shape == (50, 8, 8, 1)
+    np.testing.assert_array_equal(images, stage.kept_images(run, candidate, keeping, judge))
+    after = judge.extractor.extract(images)
+    np.testing.assert_allclose(after.probabilities, before[0].probabilities, rtol=1e-5)  # of other batch sizes
+    np.testing.assert_allclose(after.features, before[0].features, rtol=1e-5, atol=1e-6)
+
+
+def test_a_ranking_of_fewer_images_shows_them_as_they_were_ranked(run, judge):
+    """`report` after `evaluate --images SMALLER`, when shards of both are there."""
+    candidate = train(run, "a", 0)
+    for count in (50, 30):
+        config = CONFIG.model_copy(update={"images": count})
+        draw_here(run, [candidate], config, judge)
+        ranked = stage.ranking(run, [candidate], config, judge, {})
+        assert ranked["images"] == count
+        assert len(stage.kept_images(run, candidate, config, judge)) == count
+    assert (ranked["split_size"], ranked["dropped"]) == (20, 10)
+
+
+def test_a_ranking_says_what_its_numbers_are_and_agrees_with_the_scores(run, judge):
+    candidates = [train(run, "a", 0), train(run, "b", 1)]
+    draw_here(run, candidates, CONFIG, judge)
+    ranked = stage.ranking(run, candidates, CONFIG, judge, {"lost": "the loss was not finite"})
+    assert ranked["extractor"] == "classifier"
+    assert (ranked["images"], ranked["split_size"], ranked["dropped"], ranked["steps"]) == (50, 20, 10, 2)
+    assert (ranked["seed"], ranked["weights"], ranked["real_images"]) == (0, "ema", 60)
+    assert [row["trial"] for row in ranked["trials"]][2] == "lost"
+    assert ranked["trials"][2]["reason"] == "the loss was not finite"
+    for row, candidate in ((row, c) for row in ranked["trials"] for c in candidates if c.trial == row["trial"]):
+        judged, _ = stage._read(run, candidate, CONFIG, judge)
+        assert row["score"]["mean"] == pytest.approx(scores.inception_score(judged.probabilities, 20).mean)
+        assert row["frechet"]["value"] == pytest.approx(scores.frechet_distance(judged.features, judge.train))
+        held_out = scores.frechet_distance(judged.features, judge.held_out.features)
+        assert row["frechet_held_out"]["value"] == pytest.approx(held_out)
+        kid = scores.kid(judged.features, judge.train_features)
+        assert row["kid"]["value"] == pytest.approx(kid.value)
+        assert row["kid"]["ci"] == pytest.approx(kid.ci)
+        shares = scores.precision_recall(judged.features, judge.train_features)
+        assert (row["precision"], row["recall"]) == shares
+        assert row["at_real_n"]["n"] == ranked["real"]["n"] == 30
+
+
+def test_fewer_images_than_a_split_are_one_split_that_says_its_size(run, judge):
+    config = CONFIG.model_copy(update={"split_size": 5000})
+    candidate = train(run, "a", 0)
+    draw_here(run, [candidate], config, judge)
+    ranked = stage.ranking(run, [candidate], config, judge, {})
+    assert (ranked["split_size"], ranked["dropped"]) == (50, 0)
+    assert ranked["trials"][0]["score"]["std"] is None
+
+
+def test_a_confirmed_row_is_the_mean_of_its_new_seeds_and_lists_every_seed(run, judge):
+    candidates = [train(run, "a", 0), train(run, "b", 50)]
+    candidates += [train(run, f"b-seed{i}", 50 + i, repeats="b") for i in (1, 2, 3)]
+    draw_here(run, candidates, CONFIG, judge)
+    notes = {"b-seed3": "failed"}
+    ranked = stage.ranking(run, candidates, CONFIG, judge, notes)
+    first, second = ranked["trials"]
+    assert (first["trial"], first["confirmed"], first["seeds"]) == ("b", True, ["b-seed1", "b-seed2"])
+    assert [seed["trial"] for seed in first["by_seed"]] == ["b", "b-seed1", "b-seed2"]
+    drawn = [stage._read(run, candidate, CONFIG, judge)[0].features for candidate in candidates[2:4]]
+    shares = np.mean([scores.precision_recall(features, judge.train_features) for features in drawn], axis=0)
+    assert (first["precision"], first["recall"]) == pytest.approx(tuple(shares))
+    assert first["score"]["mean"] == pytest.approx(np.mean([seed["score"] for seed in first["by_seed"][1:]]))
+    assert first["best_seed"] == max(first["by_seed"], key=lambda seed: seed["score"])["trial"]
+    assert (second["trial"], second["confirmed"], second["seeds"]) == ("a", False, ["a"])
+
+
+def test_a_model_whose_images_are_not_finite_is_listed_last_with_its_reason(run, judge):
+    candidates = [train(run, "broken", 0, broken=True), train(run, "good", 1)]
+    reasons = draw_here(run, candidates, CONFIG, judge)
+    assert list(reasons) == ["broken"]
+    assert "the model has diverged" in reasons["broken"]
+    ranked = stage.ranking(run, candidates, CONFIG, judge, reasons)
+    assert [(row["trial"], row["rank"]) for row in ranked["trials"]] == [("good", 1), ("broken", None)]
+
+
+# With Ray
+
+
+@pytest.fixture
+def local_ray(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=150 * 1024**2,
+        log_to_driver=False,
+        _temp_dir=str(tmp_path_factory.mktemp("r")),
+    )
+    yield
+    ray.shutdown()
+
+
+def actors() -> list[int]:
+    """Shard actors that this process's own Ray started."""
+    return [
+        child.pid
+        for child in psutil.Process().children(recursive=True)
+        if any("ShardWorker" in part for part in child.cmdline())
+    ]
+
+
+def written(run: Storage, path: str) -> int:
+    return Path(run.root, path).stat().st_mtime_ns
+
+
+def until(condition: Callable[[], bool], thread: threading.Thread, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert thread.is_alive(), "drawing ended before its time"
+        assert time.monotonic() < end, f"nothing happened within {seconds} s"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_killed_actor_costs_the_shards_in_flight_and_a_diverged_model_only_itself(run, judge, local_ray):
+    config = CONFIG.model_copy(update={"images": 1000, "sampler": SamplerConfig(steps=20, block_size=10)})
+    candidates = [train(run, "broken", 0, broken=True), train(run, "good", 1)]
+    shards = stage._shards(run, candidates[1], config, judge)
+    done: list[tuple[int, int]] = []
+    reasons: list[dict[str, str]] = []
+
+    def work() -> None:
+        reasons.append(
+            stage.draw(run, candidates, config, judge, 2, use_gpu=False, progress=lambda *at: done.append(at))
+        )
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    until(lambda: sum(run.exists(shard.path) for shard in shards) >= 3, thread)
+    victim = actors()[0]
+    os.kill(victim, signal.SIGKILL)
+    before = {shard.path: written(run, shard.path) for shard in shards if run.exists(shard.path)}
+    assert len(before) < len(shards), "the kill came too late to show anything"
+    thread.join(timeout=150)
+    assert not thread.is_alive()
+    assert list(reasons[0]) == ["broken"]
+    assert victim not in actors()
+    assert all(written(run, path) == at for path, at in before.items()), "drawn twice"
+    assert done[0] == (0, 2000)
+
+    # What is there is that of a worker nobody killed, to the bit; what is lost later is drawn again, and nothing else.
+    lost = shards[-1]
+    left = run.read(lost.path)
+    run.delete(lost.path)
+    assert stage.draw(run, candidates[1:], config, judge, 2, use_gpu=False) == {}
+    for name in ("probabilities", "features", "images"):
+        first, second = (np.load(io.BytesIO(content))[name] for content in (left, run.read(lost.path)))
+        np.testing.assert_array_equal(first, second)
+    assert all(written(run, path) == at for path, at in before.items() if path != lost.path)
