@@ -63,7 +63,7 @@ FAMILIES: dict[Family, FamilySpace] = {
 # Settings of a training that may be searched beside these: not what makes trials incomparable, nor the cluster's.
 VARIED = (
     "batch_size", "model", "lr_decay", "lr_decay_epochs", "gradient_clip", "ema_decays", "micro_batch",
-    "schedule.steps",
+    "schedule.steps", "schedule.space",
 )  # fmt: skip
 
 
@@ -218,14 +218,17 @@ class SearchConfig(Config):
 
     @model_validator(mode="after")
     def _settings_are_a_training_s(self) -> "SearchConfig":
-        asked = [(f"space.train.{name}", name, value) for name, values in self.space.train.items() for value in values]
+        asked: list[tuple[str, str, Any, dict[str, Any]]] = [
+            (f"space.train.{name}", name, value, {}) for name, values in self.space.train.items() for value in values
+        ]
         for index, point in enumerate(self.known_points):
-            asked += [(f"known_points.{index}.train.{name}", name, value) for name, value in point.train.items()]
-        for where, name, value in asked:
+            own = {"schedule": point.model_dump(include={"family", "start", "end", "tau"})}
+            asked += [(f"known_points.{index}.train.{name}", name, value, own) for name, value in point.train.items()]
+        for where, name, value, own in asked:
             if name not in VARIED and not name.startswith("model."):
                 raise ValueError(f"{where} cannot be searched; what can: {', '.join(VARIED)} and model.…")
             try:
-                self.training({name: value})
+                self.training({**own, name: value})
             except ValidationError as error:
                 raise ValueError(f"{where}: {explain(error.errors()[0])}") from None
         return self

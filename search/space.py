@@ -60,8 +60,8 @@ def choices_of(config: SearchConfig) -> dict[str, list[Any]]:
 
 
 def _as_choice(value: Any) -> Any:
-    """Optuna's choices are plain values: a list or a mapping is its JSON."""
-    return json.dumps(value) if isinstance(value, list | tuple | dict) else value
+    """Optuna's choices are plain values: all but a number or a truth is its JSON."""
+    return json.dumps(value) if isinstance(value, list | tuple | dict | str) else value
 
 
 def distributions(config: SearchConfig, family: str) -> dict[str, od.BaseDistribution]:
@@ -120,7 +120,7 @@ def flat(params: Params) -> dict[str, Any]:
 
 
 def _from_choice(choice: Any) -> Any:
-    return json.loads(choice) if isinstance(choice, str) else choice  # no setting that may be searched is a text
+    return json.loads(choice) if isinstance(choice, str) else choice
 
 
 def params_of(row: Mapping[str, Any]) -> Params:
@@ -136,6 +136,6 @@ def params_of(row: Mapping[str, Any]) -> Params:
 
 def train_config(config: SearchConfig, row: Mapping[str, Any]) -> TrainConfig:
     """The training of one row of the trials table. Raises pydantic.ValidationError where its schedule breaks a law."""
-    base = config.training(row["settings"]).model_dump()
-    base["schedule"] |= {name: row[name] for name in ("family", "start", "end", "tau")}
-    return TrainConfig.model_validate(base | {name: row[name] for name in ("learning_rate", "dropout", "seed")})
+    own = {name: row[name] for name in ("learning_rate", "dropout", "seed")}
+    schedule = {name: row[name] for name in ("family", "start", "end", "tau")}
+    return config.training({**own, "schedule": schedule, **row["settings"]})

@@ -153,3 +153,15 @@ def test_a_dropped_rate_is_the_base_training_s():
     trial, params = asked(0, config)
     assert params["learning_rate"] == 3e-3
     assert "learning_rate" not in trial.params
+
+
+def test_a_known_point_s_settings_are_laid_over_its_own_schedule():
+    """cosine read as beta, though the base training's linear schedule cannot be."""
+    config = load("study-digits")
+    params = [space.known_params(config, point) for point in config.known_points]
+    rows = [space.flat(p) | {"seed": 3} for p in params]
+    assert [space.params_of(row) for row in rows] == params
+    trainings = [space.train_config(config, row) for row in rows]
+    assert [t.schedule.space for t in trainings] == ["alpha_bar"] * 6 + ["beta"]
+    assert [t.ema_decays for t in trainings] == [(0.995,)] * 2 + [(0,)] + [(0.995,)] * 4
+    assert all(t.seed == 3 and t.schedule.steps == 100 for t in trainings)
