@@ -211,7 +211,10 @@ def test_best_and_known_points_are_shown_as_they_drew_at_their_last_rung():
     page = Page(full())
     assert "t1 cosine(0, 1, tau 1) the best, completed at epoch 90, Fréchet distance 1.111" in page.text
     assert "t0 cosine(0, 1, tau 1) known point, completed at epoch 90" in page.text
-    # without a ranking the best is who did best at the last rung that any came to
+
+
+@pytest.mark.slow
+def test_without_a_ranking_the_best_is_who_did_best_at_the_last_rung_that_any_came_to():
     rows = [row("t0", rungs=[{"epoch": 90, "frechet": 2.0, "score": 9.0, "grid_loss": 0.1}]), row("t1")]
     text = Page(render(rows, events={trial: Events(samples=GRID) for trial in ("t0", "t1")})).text
     assert "t1 cosine(0, 1, tau 1) the best" in text
@@ -259,6 +262,7 @@ def test_a_confirmed_row_says_of_how_many_trainings():
     assert "0.80, 0.71" in text
 
 
+@pytest.mark.slow
 def test_importance_is_shown_where_there_are_trials_enough(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(analysis, "SHUFFLES", 1)  # 19 take seconds
     rng = np.random.default_rng(0)
