@@ -1,163 +1,261 @@
-"""The report's figures: sample grids, schedules and learning curves as HTML, from what a run recorded."""
+"""The report's figures as HTML: sample grids, schedules and what they do to an image, curves of the trials."""
 
-import base64
-import io
-import logging
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
 
-from evaluation import pictures
-from evaluation.pictures import Curve, Panel
+from evaluation import analysis, pictures, plots
+from evaluation.analysis import Row
+from evaluation.events import Events
+from evaluation.plots import Curve, Panel
+from evaluation.report_words import METRICS, STATES, fixed, joined, label, number
+from trainer import schedules
 from trainer.config import ScheduleConfig
 
-Row = dict[str, Any]  # one row of trials.parquet
-Curves = dict[str, list[tuple[int, float]]]  # TensorBoard tag → (epoch, value), of one trial
-
 MAX_NAMED = 8  # curves with a colour of their own; the others are grey
+MAX_GREY = 100
+MAX_STRIPS = 24
 GRID_IMAGES = 36
-NOT_KNOWN = "–"
-
-METRICS = {
-    "frechet": "Fréchet distance (lower is better)",
-    "score": "score (higher is better)",
-    "grid_loss": "grid loss (lower is better)",
-}
+SMALL_PIXELS = 64  # images up to this size are enlarged without smoothing
+FAMILY_MARKERS: dict[str, str] = dict(zip(schedules.FAMILIES, "os^D", strict=True))
 
 
-def read_curves(folder: Path) -> Curves:
-    """Every scalar in the TensorBoard event files of one trial's folder, by tag, in the order of epochs.
-
-    A resumed trial logs again the epochs after its checkpoint: what the earlier process wrote of them is dropped, so
-    an epoch has one value, the latest. Empty where there are no events.
-    """
-    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
-        SCALARS,
-        EventAccumulator,
-    )
-
-    if not any(folder.glob("*tfevents*")):
-        return {}
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every restart that it takes into account
-    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})  # 0 keeps all; the default thins out long runs
-    events.Reload()
-    # The accumulator drops what a restart made void, but only where the restart was logged: hence also the dict.
-    return {tag: sorted({e.step: e.value for e in events.Scalars(tag)}.items()) for tag in events.Tags()[SCALARS]}
-
-
-def label(row: Row) -> str:
-    # A screened schedule may break a law, and is named like any other: so its values are not checked.
-    return ScheduleConfig.model_construct(**{n: row[n] for n in ("family", "start", "end", "tau")}).label()
-
-
-def fixed(value: float | None, decimals: int = 2) -> str:
-    return NOT_KNOWN if value is None or not math.isfinite(value) else f"{value:.{decimals}f}"
-
-
-def name_curves(rows: Sequence[Row], ranked: dict[str, Row]) -> dict[str, int]:
-    """Trials with a colour of their own, and its number: the ranked in their order, then the known points."""
-    known = [row["trial"] for row in rows if row["source"] == "known" and row["state"] != "screened"]
+def name_curves(rows: Sequence[Row], ranked: Mapping[str, Row]) -> dict[str, int]:
+    """Trials with a colour of their own, and its number: the ranked in their order, known points, the finished."""
+    known = [row["trial"] for row in rows if row["source"] == "known" and row["state"] != "reused"]
     scored = [trial for trial, entry in ranked.items() if entry["rank"] is not None]
     finished = [row["trial"] for row in rows if row["state"] == "completed"]
     return {trial: i for i, trial in enumerate(list(dict.fromkeys([*scored, *known, *finished]))[:MAX_NAMED])}
 
 
-def sample_grids(
-    rows: Sequence[Row], ranked: dict[str, Row], samples: dict[str, np.ndarray], real_samples: np.ndarray | None
+def final_grids(
+    rows: Sequence[Row], ranked: Mapping[str, Row], samples: Mapping[str, np.ndarray], real_samples: np.ndarray | None
 ) -> str:
-    if not samples and real_samples is None:
-        return "<p>No images have been drawn yet.</p>"
+    """The first images of every ranked trial, as the final stage drew them, beside real ones."""
+    if not samples:
+        return "<p>The final stage has drawn no images yet.</p>"
     labels = {row["trial"]: label(row) for row in rows}
-    figures = [] if real_samples is None else [("<strong>Real</strong>, held out from training", real_samples)]
+    real = [] if real_samples is None else [("<strong>Real</strong>, held out from training", real_samples)]
+    figures = []
     for trial in sorted(samples, key=lambda trial: list(ranked).index(trial) if trial in ranked else len(ranked)):
         entry = ranked.get(trial) or {"rank": None, "score": None}
         rank = "" if entry["rank"] is None else f"{entry['rank']}. "
         score = "" if entry["score"] is None else f"<br>score {fixed(entry['score']['mean'])}"
-        caption = f"{rank}<strong>{escape(trial)}</strong><br>{escape(labels[trial])}{score}"
-        figures.append((caption, samples[trial]))
+        figures.append((f"{rank}<strong>{escape(trial)}</strong><br>{escape(labels[trial])}{score}", samples[trial]))
+    grids = ((text, pictures.image_grid(images[:GRID_IMAGES]), images.shape[1]) for text, images in real + figures)
+    note = "Not chosen: the first of each. The same place in two trials' grids started from the same noise."
+    return f'<p class="quiet">{note}</p>{_grids(grids)}'
+
+
+def rung_grids(
+    config: Mapping[str, Any], rows: Sequence[Row], best: str | None, metric: str, events: Mapping[str, Events]
+) -> str:
+    """The best trial and the known points, as each drew at its last rung."""
+    figures = []
+    for row in sorted(rows, key=lambda row: row["trial"] != best):
+        grid = events.get(row["trial"], Events()).samples
+        if grid is None or not row["rungs"] or (row["source"] != "known" and row["trial"] != best):
+            continue
+        who = "the best, " if row["trial"] == best else ""
+        who += "known point, " if row["source"] == "known" else ""
+        value = f"{METRICS[metric]} {number(row['rungs'][-1][metric])}"
+        state, epoch = STATES.get(row["state"], row["state"]), row["rungs"][-1]["epoch"]
+        text = f"<strong>{escape(row['trial'])}</strong><br>{escape(label(row))}<br>{who}"
+        figures.append((f"{text}{state} at epoch {epoch}, {value}", grid, grid.shape[0] // 8))
+    if not figures:
+        return ""
+    sampler = config["early_stopping"]["sampler"]
+    note = (
+        "What early stopping saw: drawn at each one's last rung, all with the same noise and sampler "
+        f"({sampler['name'].upper()}, {sampler['steps']} steps). Those stopped early are compared as they were then."
+    )
+    return f'<h3>The best and the known points</h3><p class="quiet">{note}</p>{_grids(figures)}'
+
+
+def _grids(figures: Iterable[tuple[str, np.ndarray, int]]) -> str:
     html = ""
-    for caption, images in figures:
-        png = io.BytesIO()
-        pictures.save_grid_png(png, images[:GRID_IMAGES])
-        source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-        html += f'<figure><img alt="grid of images" src="{source}"><figcaption>{caption}</figcaption></figure>'
-    note = "Not chosen: the first of each trial. The same place in two trials' grids started from the same noise."
-    return f'<p class="quiet">{note}</p><div class="grids">{html}</div>'
+    for caption, grid, pixels in figures:
+        small = ' class="small"' if pixels <= SMALL_PIXELS else ""
+        image = f'<img{small} alt="grid of images" src="{pictures.data_uri(grid)}">'
+        html += f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+    return f'<div class="grids">{html}</div>'
 
 
-def _legend(rows: Sequence[Row], named: dict[str, int]) -> str:
-    labels = {row["trial"]: label(row) for row in rows}
-    items = [(*pictures.style(number), f"{trial}: {labels[trial]}") for trial, number in named.items()]
-    if len(rows) > len(items):
-        items.append((pictures.CONTEXT, (), "other trials"))
-    html = ""
-    for colour, dashes, text in items:
-        line = f'<path d="M0 5H36" stroke="{colour}" stroke-width="2.5" stroke-dasharray="{_dasharray(dashes)}"/>'
-        html += f'<li><svg viewBox="0 0 36 10" aria-hidden="true">{line}</svg>{escape(text)}</li>'
-    return f'<ul class="legend">{html}</ul>'
+def _stroke(style: int | None) -> str:
+    colour, dashes = (plots.CONTEXT, ()) if style is None else plots.style(style)
+    lengths = " ".join(f"{2.5 * length:g}" for length in dashes)  # matplotlib's are in line widths
+    line = f'<path d="M0 5H36" stroke="{colour}" stroke-width="2.5" stroke-dasharray="{lengths}"/>'
+    return f'<svg viewBox="0 0 36 10" aria-hidden="true">{line}</svg>'
 
 
-def _dasharray(dashes: Sequence[float]) -> str:
-    return " ".join(f"{2.5 * length:g}" for length in dashes)  # matplotlib's are in line widths
+def _legend(rows: Sequence[Row], named: Mapping[str, int], drawn: Iterable[str]) -> str:
+    labels, drawn = {row["trial"]: label(row) for row in rows}, set(drawn)
+    items = [(_stroke(style), f"{trial}: {labels[trial]}") for trial, style in named.items() if trial in drawn]
+    if drawn - named.keys():
+        items.append((_stroke(None), "other trials"))
+    return f'<ul class="legend">{"".join(f"<li>{stroke}{escape(text)}</li>" for stroke, text in items)}</ul>'
 
 
 def _panels(panels: Iterable[Panel]) -> str:
-    figures = (f"<figure>{pictures.panel_svg(panel, f'{panel.title}: {panel.ylabel}')}</figure>" for panel in panels)
+    figures = (f"<figure>{plots.panel_svg(panel, f'{panel.title}: {panel.ylabel}')}</figure>" for panel in panels)
     return f'<div class="panels">{"".join(figures)}</div>'
 
 
-def schedule_plots(config: dict[str, Any], rows: Sequence[Row], named: dict[str, int]) -> str:
-    fixed = {name: config["train"]["schedule"][name] for name in ("steps", "space")}
-    drawn: list[tuple[ScheduleConfig, int | None]] = []
-    for row in rows:
+def _shown(rows: Sequence[Row], named: Mapping[str, int]) -> tuple[list[Row], str]:
+    """The rows that are drawn, and a sentence where others are not."""
+    others = [row for row in rows if row["trial"] not in named]
+    step = max(1, -(-len(others) // MAX_GREY))
+    shown = [row for row in rows if row["trial"] in named] + others[::step]
+    return shown, "" if step == 1 else f" Of the {len(others):,} other trials one in {step} is drawn."
+
+
+def schedule_plots(
+    config: Mapping[str, Any], rows: Sequence[Row], named: Mapping[str, int], image: np.ndarray | None
+) -> str:
+    """alpha_bar, log-SNR and beta of the trials, and what each schedule does to one image (H, W, C) uint8."""
+    base = {name: config["train"]["schedule"][name] for name in ("steps", "space")}
+    drawn: dict[str, ScheduleConfig] = {}
+    shown, left_out = _shown(rows, named)
+    for row in shown:
+        own = {name: row[name] for name in ("family", "start", "end", "tau")}
+        own |= {"steps": (row.get("settings") or {}).get("schedule.steps", base["steps"])}
         try:
-            schedule = ScheduleConfig.model_validate(fixed | {n: row[n] for n in ("family", "start", "end", "tau")})
+            drawn[row["trial"]] = ScheduleConfig.model_validate(base | own)
         except ValidationError:
             continue  # screened because it breaks a law: there is no curve, and its reason stands among all trials
-        drawn.append((schedule, named.get(row["trial"])))
     if not drawn:
         return "<p>No trial has begun yet.</p>"
-    steps = f"T = {drawn[0][0].steps:,} diffusion steps; t/T = 0 is the image, 1 is noise."
-    return _legend(rows, named) + _panels(pictures.schedule_panels(drawn)) + f'<p class="quiet">{steps}</p>'
+    panels = plots.schedule_panels((schedule, named.get(trial)) for trial, schedule in drawn.items())
+    note = f"T = {base['steps']:,} diffusion steps; t/T = 0 is the image, 1 is noise.{left_out}"
+    html = f'{_legend(rows, named, drawn)}{_panels(panels)}<p class="quiet">{note}</p>'
+    return html if image is None else html + _strips(rows, drawn, named, image)
+
+
+def _strips(
+    rows: Sequence[Row], drawn: Mapping[str, ScheduleConfig], named: Mapping[str, int], image: np.ndarray
+) -> str:
+    screened = {row["trial"] for row in rows if row["state"] == "screened"}
+    first: dict[str, str] = {}  # one strip for equal schedules
+    for trial, schedule in drawn.items():
+        first.setdefault(schedule.label(), trial)
+    figures = []
+    for schedule_label, trial in list(first.items())[:MAX_STRIPS]:
+        times, noised = pictures.noised_strip(drawn[trial], image)
+        strip = pictures.image_grid(np.stack(noised), columns=len(noised), min_pixels=32)
+        small = ' class="small"' if image.shape[0] <= SMALL_PIXELS else ""
+        who = f"<br>{escape(trial)}" + (", screened out" if trial in screened else "")
+        caption = f"{_stroke(named.get(trial))}{escape(schedule_label)}{who}"
+        alt = f"one image noised at t/T {times[0]:.1f} to {times[-1]:.1f}"
+        figures.append(
+            f"<figure><figcaption>{caption}</figcaption>"
+            f'<img{small} alt="{alt}" src="{pictures.data_uri(strip)}"></figure>'
+        )
+    left = len(first) - len(figures)
+    more = f" {left:,} more schedules are left out." if left else ""
+    note = f"One real image with the same noise, at t/T = 0, 0.1, … 1: what each schedule leaves of it.{more}"
+    return f'<h3>One image, noised</h3><p class="quiet">{note}</p><div class="strips">{"".join(figures)}</div>'
 
 
 def learning_curves(
-    config: dict[str, Any], rows: Sequence[Row], named: dict[str, int], curves: dict[str, Curves]
+    config: Mapping[str, Any],
+    rows: Sequence[Row],
+    named: Mapping[str, int],
+    events: Mapping[str, Events],
+    metric: str,
 ) -> str:
+    """What was measured at the rungs, the deciding metric first, and the loss and learning rate of every epoch."""
     ends = {"completed": "o", "stopped": "x", "failed": "x"}
+    shown, left_out = _shown(rows, named)
+    epochs = config["train"]["epochs"]
+    rungs = sorted({rung["epoch"] for row in rows for rung in row["rungs"] if rung["epoch"] < epochs})
 
-    def panel(title: str, ylabel: str, points: dict[str, list[tuple[int, float]]], log_y: bool = True) -> list[Panel]:
+    def panel(title: str, ylabel: str, points: dict[str, list[tuple[int, float]]], **how: Any) -> list[Panel]:
         found = []
-        for row in rows:
+        for row in shown:
             if values := points.get(row["trial"]):
                 x, y = np.array(values, dtype=np.float64).T
-                found.append(Curve(row["trial"], x, y, named.get(row["trial"]), ends.get(row["state"], "")))
-        return [Panel(title, "epoch", ylabel, found, log_y)] if found else []
+                end = ends.get(row["state"], "")
+                if steps := how.get("steps", ""):  # an epoch's value holds from the end of the one before
+                    x, y = np.concatenate([[x[0] - 1], x]), np.concatenate([y[:1], y])
+                found.append(
+                    Curve(row["trial"], x, y, named.get(row["trial"]), end, how.get("marker", ""), steps=steps)
+                )
+        log_y = how.get("log_y", True)
+        return [Panel(title, "epoch", ylabel, found, log_y=log_y, rungs=rungs, whole_x=True)] if found else []
 
-    def rungs(metric: str) -> dict[str, list[tuple[int, float]]]:
-        return {row["trial"]: [(r["epoch"], r[metric]) for r in row["rungs"] if r[metric] is not None] for row in rows}
+    def measured(name: str) -> dict[str, list[tuple[int, float]]]:
+        return {row["trial"]: [(r["epoch"], r[name]) for r in row["rungs"] if r[name] is not None] for row in shown}
 
     def logged(tag: str) -> dict[str, list[tuple[int, float]]]:
-        return {trial: tags.get(tag, []) for trial, tags in curves.items()}
+        return {trial: own.scalars.get(tag, []) for trial, own in events.items()}
 
-    metric = config["early_stopping"]["metric"]
-    if metric == "auto":  # what it came to, is what was measured
-        metric = next((name for name in METRICS if any(rungs(name).values())), "frechet")
-    panels = [
-        *panel("At each rung", METRICS[metric], rungs(metric), log_y=metric != "score"),
-        *panel("Training loss", "epsilon-MSE", logged("train/loss")),
-        *panel("Learning rate", "learning rate", logged("train/learning_rate")),
-    ]
+    panels = []
+    for name in sorted(METRICS, key=lambda name: name != metric):
+        title = f"{METRICS[name][0].upper()}{METRICS[name][1:]}" + (", which decides" if name == metric else "")
+        better = "higher" if name == "score" else "lower"
+        panels += panel(title, f"{better} is better", measured(name), marker=".", log_y=name != "score")
+    panels += panel("Training loss", "epsilon-MSE, mean of an epoch", logged("train/loss"))
+    panels += panel("Learning rate", "learning rate", logged("train/learning_rate"), steps="pre")
     if not panels:
         return "<p>No trial has reported yet.</p>"
     text = (
-        "Circle: finished. Cross: stopped or failed there. Only what is measured at a rung decides who is stopped. The "
-        "training loss of two schedules is not comparable, for each draws its own noise levels: a lower one is not a "
-        "better model."
+        "Circle: finished. Cross: stopped or failed there. Dashed: a rung, where the weak are stopped; the last epoch "
+        "is measured too. The training loss of two schedules is not comparable, for each draws its own noise levels: "
+        f"a lower one is not a better model.{left_out}"
     )
-    return f'<p class="quiet">{text}</p>' + _legend(rows, named) + _panels(panels)
+    drawn = {curve.label for each in panels for curve in each.curves}
+    return f'<p class="quiet">{text}</p>{_legend(rows, named, drawn)}{_panels(panels)}'
+
+
+def family_plot(rows: Sequence[Row], metric: str, epoch: int) -> str:
+    """Every trial's value at one epoch, by family."""
+    values = analysis.at_epoch(rows, metric, epoch)
+    measured = {row["family"] for row in rows if row["trial"] in values}
+    families = [family for family in FAMILY_MARKERS if family in measured]
+    curves = []
+    for at, family in enumerate(families):
+        y = np.array([values[row["trial"]] for row in rows if row["family"] == family and row["trial"] in values])
+        x = at + np.linspace(-0.2, 0.2, len(y)) if len(y) > 1 else np.array([float(at)])
+        curves.append(Curve(family, x, y, _family_style(family), marker=FAMILY_MARKERS[family], line=False))
+    better = "higher" if metric == "score" else "lower"
+    ylabel = f"{METRICS[metric]} ({better} is better)"
+    title = f"Every trial at epoch {epoch}"
+    return _panels([Panel(title, "schedule family", ylabel, curves, log_y=metric != "score", names=families)])
+
+
+def cost_plots(rows: Sequence[Row], metric: str) -> str:
+    """What a trial came to at its last rung, against what it cost, with the Pareto front."""
+    panels, fronts = [], []
+    judged = any(rung["score"] is not None for row in rows for rung in row["rungs"])
+    for name in dict.fromkeys(["score", metric] if judged else [metric]):
+        found = [row for row in rows if row["rungs"] and row["rungs"][-1][name] is not None and row["worker_seconds"]]
+        if len(found) < 2:
+            continue
+        costs, values = [r["worker_seconds"] for r in found], [r["rungs"][-1][name] for r in found]
+        front = analysis.pareto(costs, values, higher_is_better=name == "score")
+        x, y = np.array([(costs[i], values[i]) for i in front]).T
+        curves = [Curve("Pareto front", x, y, style=4, steps="post")]
+        for family, marker in FAMILY_MARKERS.items():
+            for done, what in ((True, family), (False, f"_{family}")):
+                own = [i for i, r in enumerate(found) if r["family"] == family and (r["state"] == "completed") == done]
+                if own:
+                    x, y = np.array([(costs[i], values[i]) for i in own]).T
+                    curves.append(Curve(what, x, y, _family_style(family), marker=marker, line=False, filled=done))
+        better = "higher" if name == "score" else "lower"
+        ylabel = f"{METRICS[name]} ({better} is better)"
+        title = f"{METRICS[name][0].upper()}{METRICS[name][1:]} against cost"
+        log_y = name != "score"
+        panels.append(Panel(title, "worker-seconds", ylabel, curves, log_x=True, log_y=log_y, legend=True))
+        trials = joined([found[i]["trial"] for i in front])
+        fronts.append(f"By {METRICS[name]}, nothing is both better and cheaper than {trials}.")
+    if not panels:
+        return ""
+    note = "Each trial at its last rung, from few images. Hollow: not trained to the end. The front, cheapest first. "
+    return f'{_panels(panels)}<p class="quiet">{note}{escape(" ".join(fronts))}</p>'
+
+
+def _family_style(family: str) -> int:
+    return list(FAMILY_MARKERS).index(family)

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 
 from cluster import capacity, connect
-from evaluation import export, pictures, reference, report, report_figures, stage
+from evaluation import events, export, pictures, reference, report, stage
 from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
 from evaluation.rung import Metric, RungScorer
@@ -250,14 +250,14 @@ def write_report(
                 candidate = stage.Candidate(row["best_seed"], row["checkpoint"])
                 with contextlib.suppress(FileNotFoundError):  # deleted since, to save space
                     samples[row["trial"]] = stage.kept_images(run, candidate, final, judge)
-    curves = {}
+    logged = {}
     for trial in run.names("tensorboard"):
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(run.root, "tensorboard", trial) if run.is_local else Path(scratch)
             if not run.is_local:
                 for name in run.names(f"tensorboard/{trial}"):
                     (folder / name).write_bytes(run.read(f"tensorboard/{trial}/{name}"))
-            curves[trial] = report_figures.read_curves(folder)
+            logged[trial] = events.read(folder)
     commands = [f"ddpm-search run {run.uri}/{CONFIG} --name {config.name}-again", f"ddpm-search status {run.uri}"]
     page = report.render(
         run_name=config.name,
@@ -266,9 +266,10 @@ def write_report(
         ranking=ranked,
         samples=samples,
         real_samples=splits.held_out.pixels[:SAMPLES],
-        curves=curves,
+        events=logged,
         commands=commands,
         versions=versions(),
+        ended=run.read_json("search.json")["ended"] if run.exists("search.json") else None,
     )
     run.write(REPORT, page.encode())
 

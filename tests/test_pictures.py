@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evaluation import pictures
+from evaluation import pictures, plots
 from trainer.config import ScheduleConfig
 
 SCHEDULES = [ScheduleConfig(), ScheduleConfig(family="cosine", start=0, end=1), ScheduleConfig(steps=7)]
@@ -55,7 +55,7 @@ def test_a_saved_grid_reads_back_to_the_same_pixels(tmp_path: Path, channels: in
 
 
 def test_first_curves_all_look_different_and_neighbours_differ_in_colour_and_dashes():
-    styles = [pictures.style(i) for i in range(28)]
+    styles = [plots.style(i) for i in range(28)]
     assert len(set(styles)) == 28
     for one, other in pairwise(styles):
         assert one[0] != other[0]
@@ -74,7 +74,7 @@ def test_strip_starts_with_the_image_and_ends_with_the_same_noise_for_every_sche
 
 
 def test_panels_hold_the_schedule_tables():
-    alpha_bar, log_snr, beta = pictures.schedule_panels([(SCHEDULES[2], 0)])
+    alpha_bar, log_snr, beta = plots.schedule_panels([(SCHEDULES[2], 0)])
     assert alpha_bar.curves[0].x.tolist() == pytest.approx([i / 7 for i in range(1, 8)])
     assert alpha_bar.curves[0].y.tolist() == pytest.approx(np.cumprod(1 - beta.curves[0].y).tolist())
     signal = alpha_bar.curves[0].y
@@ -102,12 +102,12 @@ def test_nothing_to_draw_is_refused(tmp_path: Path):
 
 
 def test_svg_of_one_panel_is_the_same_to_the_byte():
-    panels = pictures.schedule_panels([(SCHEDULES[0], 0), (SCHEDULES[1], None)])
-    svg = pictures.panel_svg(panels[0], "alpha_bar & co")
-    assert svg == pictures.panel_svg(panels[0], "alpha_bar & co")
+    panels = plots.schedule_panels([(SCHEDULES[0], 0), (SCHEDULES[1], None)])
+    svg = plots.panel_svg(panels[0], "alpha_bar & co")
+    assert svg == plots.panel_svg(panels[0], "alpha_bar & co")
     assert svg.startswith("<svg")
     assert "alpha_bar &amp; co" in svg
-    assert pictures.CONTEXT in svg
+    assert plots.CONTEXT in svg
 
 
 def test_importing_pictures_imports_neither_torch_nor_matplotlib():

@@ -3,21 +3,18 @@
 import re
 from functools import cache
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from torch.utils.tensorboard import SummaryWriter
 
-from evaluation import report, report_figures
+from evaluation import analysis, report, report_tables, report_words
+from evaluation.events import Events
+from search import config
 
-CONFIG = {
-    "name": "digits",
-    "seed": 7,
-    "train": {"epochs": 90, "data": {"name": "digits"}, "schedule": {"steps": 100, "space": "alpha_bar"}},
-    "early_stopping": {"metric": "auto"},
-}
+CONFIG = config.load("digits", ["seed=7", "trials=6", "train.epochs=90", "train.schedule.steps=100"]).model_dump(
+    mode="json"
+)
 VOID = {"meta", "img", "br"}
 
 
@@ -76,7 +73,7 @@ def ranking(*trials: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "held_out_accuracy": 0.989,
         "images": 10_000,
         "split_size": 5_000,
-        "sampler": {"name": "ddim", "steps": 50},
+        "sampler": {"name": "ddim", "steps": 50, "eta": 0.0, "variance": "fixed_small", "block_size": 100, "seed": 0},
         "steps": 50,
         "seed": 0,
         "real": {"n": 360, "score": 9.77, "frechet": 1.25},
@@ -86,7 +83,7 @@ def ranking(*trials: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def render(rows: list[dict[str, Any]], ranked: dict[str, Any] | None = None, **given: Any) -> str:
-    defaults = {"samples": {}, "real_samples": None, "curves": {}}
+    defaults = {"samples": {}, "real_samples": None, "events": {}}
     defaults |= {"commands": ["ddpm-search run"], "versions": {"torch": "2"}}
     return report.render("digits", given.pop("config", CONFIG), rows, ranked, **(defaults | given))
 
@@ -100,6 +97,7 @@ ROWS = [
     row("t5", "running"),
 ]
 IMAGES = np.zeros((40, 8, 8, 1), np.uint8)
+GRID = np.zeros((80, 80, 3), np.uint8)
 
 
 @cache
@@ -107,8 +105,9 @@ def full() -> str:
     ranked = ranking(
         entry(1, "t1", tied_with=["t0"]), entry(2, "t0", tied_with=["t1"]), entry(None, "t4", reason="it diverged")
     )
-    curves = {"t1": {"train/loss": [(1, 0.9), (2, 0.4)], "train/learning_rate": [(1, 2e-4), (2, 1e-4)]}}
-    return render(ROWS, ranked, samples={"t1": IMAGES, "t0": IMAGES}, real_samples=IMAGES, curves=curves)
+    scalars = {"train/loss": [(1, 0.9), (2, 0.4)], "train/learning_rate": [(1, 2e-4), (2, 1e-4)]}
+    events = {"t1": Events(scalars, GRID, [(0.0, 7200.0)]), "t0": Events({}, GRID, [(0.0, 3600.0)])}
+    return render(ROWS, ranked, samples={"t1": IMAGES, "t0": IMAGES}, real_samples=IMAGES, events=events)
 
 
 def test_page_is_one_well_formed_file_that_asks_for_nothing_else():
@@ -119,6 +118,8 @@ def test_page_is_one_well_formed_file_that_asks_for_nothing_else():
     assert addresses
     # xlink:href="#…" and url(#…) are references within the page's own SVG
     assert all(address.startswith(("data:image/png;base64,", "#")) for address in addresses)
+    anchors = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    assert {attrs["href"] for tag, attrs in page.tags if tag == "a"} <= {f"#{anchor}" for anchor in anchors}
     assert "@import" not in full()
 
 
@@ -131,12 +132,12 @@ def test_verdict_says_the_winner_its_interval_ties_and_the_ceiling():
     assert "t1, cosine(0, 1, tau 1) with learning rate 0.0002 and dropout 0.1 has the highest classifier score" in text
     assert "95% confidence interval 9.40 to 9.60 ) from 10,000 images" in text
     assert "probability 0.83; it cannot be told apart from t0" in text
-    assert "360 real held-out images score 9.77, as many of the winner's 9.21" in text
+    assert "360 real images, held out from training, score 9.77; as many images of the winner score 9.21" in text
     assert "trained models only" in text
 
 
 def test_a_confirmed_winner_speaks_of_the_configuration():
-    page = Page(render(ROWS, ranking(entry(1, "t1", confirmed=True), entry(2, "t0")))).text
+    page = Page(render([], ranking(entry(1, "t1", confirmed=True), entry(2, "t0")))).text
     assert "they speak of the configuration" in page
     assert "can be told apart from every other" in page
 
@@ -149,24 +150,17 @@ def test_real_images_stand_in_the_column_of_their_own_number():
 
     assert cells(full())[2:] == ["", "", "", "", "9.77", "1.25"]
     same = ranking(entry(1, "t1"), images=360)
-    assert cells(render(ROWS, same))[2:] == ["9.77", "1.25", "", ""]
+    assert cells(render([], same))[2:] == ["9.77", "1.25", "", ""]
 
 
 def test_every_trial_is_listed_with_its_state_and_reason():
     text = Page(full()).text
     for trial in ROWS:
         assert trial["trial"] in text
-        assert trial["state"] in text
-        assert trial["reason"] is None or trial["reason"] in text
+        assert report_words.STATES.get(trial["state"], trial["state"]) in text
+        assert trial["reason"] is None or trial["reason"].replace("frechet", "Fréchet distance") in text
+    assert "frechet" not in text.split("Do it again")[0]  # one name for one thing
     assert "it diverged" in text
-
-
-def test_savings_are_the_epochs_left_of_stopped_trials_at_the_mean_cost_of_an_epoch():
-    rows = [row("a"), row("b", "stopped", worker_seconds=400.0), row("c", "screened"), row("d", "failed")]
-    # 1800 + 400 seconds over 90 + 10 epochs are 22 an epoch, and b left 80
-    assert report.savings(rows, epochs=90) == (2200.0, 80 * 22.0)
-    assert "saved 44%" in Page(render(rows)).text
-    assert report.savings([], epochs=90) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("rows", [[], ROWS, [row("t0", "screened", start=1.0, end=1.0, reason="law")]])
@@ -174,7 +168,8 @@ def test_savings_are_the_epochs_left_of_stopped_trials_at_the_mean_cost_of_an_ep
 def test_what_is_missing_is_said_in_a_sentence(rows: list[dict[str, Any]], ranked: dict[str, Any] | None):
     text = Page(render(rows, ranked)).text
     assert ("There is no ranking yet" if ranked is None else "There is no winner") in text
-    assert "No images have been drawn yet" in text
+    assert "final stage has drawn no images yet" in text
+    assert "Too few trials to say" in text
     assert ("No trial has begun yet" in text) == (not rows or rows[0]["state"] == "screened")
 
 
@@ -182,44 +177,103 @@ def test_a_ranked_trial_alone_and_a_data_set_without_labels_have_a_report():
     rows = [row("t1", rungs=[{"epoch": 10, "frechet": None, "score": None, "grid_loss": 0.1}])]
     text = Page(render(rows, ranking(entry(1, "t1"), held_out_accuracy=None))).text
     assert "No other trial was ranked" in text
-    assert "grid loss (lower is better)" in text
+    assert "Grid loss, which decides" in text
+    assert "Fréchet distance, which decides" not in text
+    assert "Stopped early successive halving on the grid loss of 256 images after epoch 10 and 30" in text
+    unranked = Page(render(rows)).text
+    assert "no ranking: nothing could judge the images" in unranked
+    assert "So far t1, cosine(0, 1, tau 1) is best by the grid loss: 0.1 at epoch 10" in unranked
 
 
 def test_no_text_can_become_markup():
     evil = '"><script>alert(1)</script>&'
     rows = [row(evil, family=evil, source=evil, reason=evil), row("t2", "stopped", reason=evil)]
     scored = entry(1, evil, family=evil, tied_with=[evil], reason=evil)
-    ranked = ranking(scored, entry(2, "t2"), extractor=evil, score_name=evil, sampler={evil: evil})
+    ranked = ranking(scored, entry(2, "t2"), extractor=evil, score_name=evil, sampler={"name": evil, "steps": evil})
     config = CONFIG | {"name": evil, "train": CONFIG["train"] | {"data": {"name": evil}}}  # type: ignore[operator]
     given = {"samples": {evil: IMAGES}, "commands": [evil], "versions": {evil: evil}, "config": config}
-    html = render(rows, ranked, curves={evil: {"train/loss": [(1, 0.5)]}}, **given)
+    html = render(rows, ranked, events={evil: Events({"train/loss": [(1, 0.5)]}, GRID)}, **given)
     assert "script" not in {tag for tag, _ in Page(html).tags}
     assert "<script" not in html
     assert Page(html).text.count("alert(1)") > 10
 
 
-def test_a_resumed_trials_epochs_are_read_once_with_their_latest_value(tmp_path: Path):
-    assert report_figures.read_curves(tmp_path) == {}
-    assert report_figures.read_curves(tmp_path / "nowhere") == {}
-    with SummaryWriter(str(tmp_path), purge_step=1) as writer:
-        for epoch in range(1, 6):
-            writer.add_scalar("train/loss", 1 / epoch, epoch)
-            if epoch == 5:
-                writer.add_scalar("rung/frechet", 50.0, epoch)
-    with SummaryWriter(str(tmp_path), purge_step=4) as writer:  # as EventLog does: the checkpoint was of epoch 3
-        for epoch in range(4, 8):
-            writer.add_scalar("train/loss", 10 + epoch, epoch)
-    with SummaryWriter(str(tmp_path)) as writer:  # a restart that was not logged as one
-        writer.add_scalar("train/loss", 20.0, 7)
-    curves = report_figures.read_curves(tmp_path)
-    epochs, losses = zip(*curves["train/loss"], strict=True)
-    assert epochs == (1, 2, 3, 4, 5, 6, 7)
-    assert losses == pytest.approx([1, 1 / 2, 1 / 3, 14, 15, 16, 20])  # events are float32
-    assert curves.get("rung/frechet", []) == []
+def test_cost_says_what_was_spent_saved_and_idle():
+    text = Page(full()).text
+    # 1800 + 1800 + 200 + 800 seconds over 230 epochs, and t2 left 80: 1600 s more
+    assert "took 1.28 hours of workers' time. 1 trial of 4 stopped early" in text
+    assert "about 26.7 minutes more, so stopping saved 26% of the training" in text
+    # two at once for two hours, of which 4600 seconds were training
+    assert "ran for 2 hours with at most 2 trials at once; workers were idle for 68%" in text
 
 
-def test_long_curves_are_read_whole(tmp_path: Path):
-    with SummaryWriter(str(tmp_path)) as writer:
-        for epoch in range(1, 1301):  # more than the accumulator keeps by default
-            writer.add_scalar("train/loss", float(epoch), epoch)
-    assert report_figures.read_curves(tmp_path)["train/loss"] == [(epoch, float(epoch)) for epoch in range(1, 1301)]
+def test_best_and_known_points_are_shown_as_they_drew_at_their_last_rung():
+    page = Page(full())
+    assert "t1 cosine(0, 1, tau 1) the best, completed at epoch 90, Fréchet distance 1.111" in page.text
+    assert "t0 cosine(0, 1, tau 1) known point, completed at epoch 90" in page.text
+
+
+@pytest.mark.slow
+def test_without_a_ranking_the_best_is_who_did_best_at_the_last_rung_that_any_came_to():
+    rows = [row("t0", rungs=[{"epoch": 90, "frechet": 2.0, "score": 9.0, "grid_loss": 0.1}]), row("t1")]
+    text = Page(render(rows, events={trial: Events(samples=GRID) for trial in ("t0", "t1")})).text
+    assert "t1 cosine(0, 1, tau 1) the best" in text
+    assert "t0 cosine(0, 1, tau 1) known" not in text
+
+
+def test_every_schedule_that_can_be_drawn_has_a_strip_of_noised_images():
+    rows = [*ROWS, row("t6", "screened", family="linear", start=1e-4, end=1e-3, source="known", reason="prior KL")]
+    text = Page(render(rows, real_samples=IMAGES)).text
+    assert "linear(0.0001, 0.001) t6, screened out" in text
+    assert "cosine(0, 1, tau 1) t0" in text  # once: the other trials have the same schedule
+    assert "cosine(0.5, 0.5" not in text.split("One image, noised")[1].split("How the trials learned")[0]
+
+
+def test_an_interrupted_search_says_so_and_a_finished_one_does_not():
+    assert "not at its end: 4 of 6 trials ended" in Page(full()).text
+    assert "resume" in Page(full()).text
+    spent = Page(render([], ended="the search's share of budget.hours, 1.7 of 2, was spent")).text
+    assert "The search ended: the search's share of budget.hours, 1.7 of 2, was spent." in spent
+    assert "not at its end" not in spent
+    assert "not at its end" not in Page(render([row(f"t{i}", rungs=[]) for i in range(6)])).text
+
+
+def test_a_reused_trial_names_the_one_that_was_trained():
+    rows = [
+        row("t0", rungs=[]),
+        row("t1", "reused", reason="the same as t0: alpha_bar differs by 0.004 at most", same_as="t0"),
+    ]
+    text = Page(render(rows, real_samples=IMAGES)).text
+    assert "reused the same as t0: alpha_bar differs by 0.004 at most" in text
+    assert "2 configurations on digits: 1 completed, 1 reused" in text
+
+
+def test_settings_beyond_the_schedule_are_shown():
+    rows = [row("t0", rungs=[], settings={"batch_size": 32, "schedule.steps": 50})]
+    assert "dropout 0.1, batch_size 32, schedule.steps 50" in Page(render(rows, real_samples=IMAGES)).text
+
+
+def test_a_confirmed_row_says_of_how_many_trainings():
+    own = {"kid": {"value": 0.0012, "ci": [0.001, 0.0014]}, "precision": 0.8, "recall": 0.71}
+    first = entry(1, "t1", confirmed=True, seeds=["a", "b", "c"], best_seed="b", **own)
+    text = Page(render([], ranking(first, entry(2, "t0")))).text
+    assert "confirmed: the mean of 3 new trainings" in text
+    assert "1.20 1.00 to 1.40" in text
+    assert "0.80, 0.71" in text
+
+
+@pytest.mark.slow
+def test_importance_is_shown_where_there_are_trials_enough(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(analysis, "SHUFFLES", 1)  # 19 take seconds
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(analysis.MIN_TRIALS):
+        rate = float(10 ** rng.uniform(-3, -2))
+        rung = {"epoch": 10, "frechet": 1e4 * rate, "score": 5.0, "grid_loss": 0.1}
+        dropout = float(rng.uniform(0, 0.2))
+        rows.append(row(f"t{i}", "stopped", learning_rate=rate, dropout=dropout, rungs=[rung]))
+    text = Page(report_tables.importance(rows, CONFIG["space"], "frechet", 10)).text
+    assert f"All families, {analysis.MIN_TRIALS} trials" in text
+    assert f"cosine, {analysis.MIN_TRIALS} trials" in text
+    assert "left out: linear (0), polynomial (0), sigmoid (0)" in text
+    assert re.search(r"Beyond chance learning rate \d+% \d+%", text)

@@ -1,0 +1,108 @@
+"""The report in a real browser, on a wide screen and on a phone: nothing missing, nothing fetched, nothing cut off."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import GRID, IMAGES, ROWS, entry, ranking, render, row
+
+from evaluation.events import Events
+
+CHROMIUM = Path("/usr/bin/chromium")  # Debian's
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser: there is no {CHROMIUM}"),
+]
+
+ENTRIES = [
+    entry(1, "t1", tied_with=["t0"]),
+    entry(2, "t0", tied_with=["t1"]),
+    entry(None, "t4", reason="a reason that is too long for a phone's screen " * 3),
+]
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [*ROWS, row("t6-a-long-name-of-a-trial", learning_rate=1.23456e-4, rungs=[])]
+    scalars = {"train/loss": [(1, 0.9), (2, 0.4)], "train/learning_rate": [(1, 2e-4), (2, 1e-4)]}
+    events = {"t1": Events(scalars, GRID, [(0.0, 7200.0)]), "t0": Events({}, GRID, [(0.0, 3600.0)])}
+    file = tmp_path_factory.mktemp("report") / "index.html"
+    given = {"samples": {"t1": IMAGES, "t0": IMAGES}, "real_samples": IMAGES, "events": events}
+    file.write_text(render(rows, ranking(*ENTRIES), **given))
+    return file
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=[360, 1280], ids=["phone", "desktop"])
+def opened(request: pytest.FixtureRequest, browser: Any, page_file: Path) -> Iterator[Any]:
+    """The page, with what it asked for in `page.asked` and what went wrong in `page.errors`."""
+    page = browser.new_page(viewport={"width": request.param, "height": 800})
+    page.asked, page.errors = [], []
+    page.on("request", lambda sent: page.asked.append(sent.url))
+    page.on("console", lambda said: page.errors.append(said.text) if said.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: page.errors.append(str(error)))
+    page.goto(page_file.as_uri())
+    yield page
+    page.close()
+
+
+def test_page_opens_without_an_error_and_without_the_network(opened: Any, page_file: Path):
+    assert opened.errors == []
+    assert [url for url in opened.asked if not url.startswith("data:")] == [page_file.as_uri()]
+
+
+def test_every_picture_is_there(opened: Any):
+    widths = opened.eval_on_selector_all("img", "images => images.map(image => image.complete && image.naturalWidth)")
+    assert len(widths) > 5
+    assert all(widths)
+    drawn = opened.eval_on_selector_all(".panels svg", "all => all.map(svg => svg.getBoundingClientRect().width)")
+    assert len(drawn) > 8
+    assert min(drawn) > 250  # so that its text can be read
+
+
+def test_nothing_is_wider_than_the_screen(opened: Any):
+    width = opened.viewport_size["width"]
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    # what scrolls by itself may hold more than it shows; nothing else may stick out
+    sticking_out = opened.evaluate(
+        """width => [...document.querySelectorAll('body *')]
+            .filter(e => !e.closest('pre, svg') && e.getBoundingClientRect().right > width + 0.5 && e.offsetParent)
+            .filter(e => innerWidth < 700 || !e.closest('.scroll'))
+            .map(e => e.outerHTML.slice(0, 100))""",
+        width,
+    )
+    assert sticking_out == []
+
+
+def test_no_text_of_a_figure_is_cut_off(opened: Any):
+    cut = opened.evaluate(
+        """() => [...document.querySelectorAll('.panels svg')].flatMap(svg => {
+            const frame = svg.getBoundingClientRect();
+            return [...svg.querySelectorAll('text')].filter(text => {
+                const box = text.getBoundingClientRect();
+                return box.left < frame.left - 1 || box.right > frame.right + 1
+                    || box.top < frame.top - 1 || box.bottom > frame.bottom + 1;
+            }).map(text => text.textContent);
+        })"""
+    )
+    assert cut == []
+
+
+def test_leaderboard_has_the_rankings_rows_in_their_order(opened: Any):
+    rows = opened.eval_on_selector_all(
+        "#leaderboard + .scroll tbody tr:not(.reference)",
+        "rows => rows.map(row => [...row.cells].map(cell => cell.innerText.trim()))",
+    )
+    assert [cells[0] for cells in rows] == [str(each["rank"] or "") for each in ENTRIES]
+    assert [cells[1].split("\n")[0] for cells in rows] == [each["trial"] for each in ENTRIES]
+    assert [cells[2].split()[0] for cells in rows] == ["9.50", "9.50", "–"]
+    assert [cells[5] for cells in rows] == ["t0", "t1", "–"]
