@@ -224,10 +224,9 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
                 score=reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric),
                 rungs=config.rung_epochs(),
                 log=lambda metrics: progress(metrics["epoch"], config.train.epochs),
-                report_seconds=config.report_seconds,
                 stop=interrupted.is_set,
             )
-        except (loop.TrainingFailedError, loop.WorkerFailedError) as error:
+        except loop.TrainingFailedError as error:
             raise SystemExit(f"ddpm-search: training failed: {error}") from None
         except loop.InterruptedTrainingError:
             print(f"\nInterrupted; a checkpoint is in {out}. The same command goes on from there.", file=sys.stderr)

@@ -1,7 +1,7 @@
 """Ray Train around the training loop: one worker group a training, checkpoints in the run's storage."""
 
 import os
-import tempfile
+import threading
 import traceback
 from collections.abc import Collection
 from typing import Any
@@ -10,11 +10,13 @@ import numpy as np
 import ray.train
 import ray.train.torch
 import torch
+from ray.train import CheckpointUploadMode
 from ray.train.v2.api.callback import UserCallback
 
 from trainer import checkpoint, data, loop
 from trainer.config import TrainConfig
 from trainer.event_log import EventLog
+from trainer.failures import TrainingFailedError, WorkerFailedError, failure_reason
 from trainer.local import checkpoint_name
 from trainer.storage import Storage
 
@@ -29,13 +31,16 @@ def fit(
     rungs: Collection[int] = (),
     callbacks: Collection[UserCallback] = (),
     use_gpu: bool = False,
-    report_seconds: float = 60.0,
 ) -> dict[str, Any]:
     """Trains in `config.workers` processes and returns the last reported metrics.
 
     Checkpoints go to RUN/train/<name>; the same name goes on from the newest whole one there. A worker that dies
     is replaced, up to three times. Metrics hold `failure` where training cannot go on: see TrainingFailedError.
     """
+    elastic = config.min_workers is not None and config.min_workers < config.workers
+    num_workers = (config.min_workers, config.workers) if elastic else config.workers
+    if elastic:
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30"
     trainer = ray.train.torch.TorchTrainer(
         _train_on_worker,
         train_loop_config={
@@ -44,10 +49,9 @@ def fit(
             "run": run.uri,
             "score": score,
             "rungs": sorted(rungs),
-            "report_seconds": report_seconds,
         },
         torch_config=ray.train.torch.TorchConfig(timeout_s=config.hang_seconds),
-        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=use_gpu, placement_strategy="PACK"),
+        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, placement_strategy="PACK"),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=run.at("train").root,
@@ -80,17 +84,33 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
         samples: np.ndarray | None = metrics.pop("samples", None)
         event_log(metrics, samples)
 
-    def report(metrics: loop.Metrics, save: loop.Save) -> None:
+    stored = threading.Event()  # one checkpoint at a time
+    stored.set()
+
+    def report(metrics: loop.Metrics, snapshot: loop.Snapshot) -> None:
         if worker.rank:
             ray.train.report(metrics)
             return
-        with tempfile.TemporaryDirectory(prefix="ddpm-search-") as folder:
-            save(Storage(folder))
-            ray.train.report(
-                metrics,
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=checkpoint_name(metrics),
-            )
+        stored.wait()
+        stored.clear()
+        name, taken = checkpoint_name(metrics), snapshot()
+        folder = run.at("train", setup["name"], name)
+
+        def store(target: ray.train.Checkpoint, _: str) -> ray.train.Checkpoint:
+            try:
+                checkpoint.save(folder, taken.state, taken.meta)
+            finally:
+                stored.set()
+            return target
+
+        # Stored while training goes on; at rungs and at the end it waits, since there it may be stopped.
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint(folder.root, folder.fs),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.SYNC if metrics["rung"] else CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=store,
+        )
 
     try:
         images = data.load(config.data).train
@@ -103,13 +123,13 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
             score=setup["score"],
             rungs=setup["rungs"],
             log=log,
-            report_seconds=setup["report_seconds"],
+            ready=stored.is_set,
         )
     except Exception as error:
         # What every rank meets, and would meet again, is reported. Anything else ends this worker: Ray Train then ends
         # the others and starts all of them again, up to three times (a hung worker, a storage that is gone).
-        everywhere = isinstance(error, loop.TrainingFailedError)
+        everywhere = isinstance(error, TrainingFailedError) and not isinstance(error, WorkerFailedError)
         if not everywhere and (worker.world_size > 1 or isinstance(error, OSError)):
             raise
         traceback.print_exc()
-        ray.train.report({"failure": loop.failure_reason(error), "rung": True})
+        ray.train.report({"failure": failure_reason(error), "rung": True})
