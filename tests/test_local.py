@@ -6,13 +6,12 @@ from typing import Any
 
 import fsspec
 import pytest
-import torch
 from fsspec.implementations.local import LocalFileSystem
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_loop import CPU, TINY, assert_same_tensors, record, toy_images
 
 from evaluation.config import SamplerConfig
 from evaluation.rung import RungScorer
-from test_loop import CPU, TINY, assert_same_tensors, record, toy_images
 from trainer import checkpoint, local, loop
 from trainer.storage import Storage
 

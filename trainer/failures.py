@@ -38,7 +38,8 @@ def explained(config: TrainConfig, worker: Worker) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         text = str(error)
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        no_memory = ("can't allocate memory", "could not create a primitive")  # PyTorch's and oneDNN's, on CPUs
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in text for said in no_memory):
             raise WorkerFailedError(_out_of_memory(config, worker)) from error
         if worker.world_size > 1 and ("Timed out" in text or "closed by peer" in text or "reset by peer" in text):
             raise WorkerFailedError(

@@ -21,6 +21,9 @@ from trainer.local import checkpoint_name
 from trainer.storage import Storage
 
 MAX_WORKER_FAILURES = 3
+# Ray 2.60 looks every 20 s at which nodes there are. A group that it starts before it knows of a loss finds no place for
+# all its workers, gives up after this long, and is started again with as many as there is place for.
+ELASTIC_START_SECONDS = 30
 
 
 def fit(
@@ -35,12 +38,12 @@ def fit(
     """Trains in `config.workers` processes and returns the last reported metrics.
 
     Checkpoints go to RUN/train/<name>; the same name goes on from the newest whole one there. A worker that dies
-    is replaced, up to three times. Metrics hold `failure` where training cannot go on: see TrainingFailedError.
+    is replaced, up to three times; where its node is lost and min_workers allows it, the others go on. Metrics hold `failure` where training cannot go on: see TrainingFailedError.
     """
     elastic = config.min_workers is not None and config.min_workers < config.workers
     num_workers = (config.min_workers, config.workers) if elastic else config.workers
     if elastic:
-        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30"
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(ELASTIC_START_SECONDS)
     trainer = ray.train.torch.TorchTrainer(
         _train_on_worker,
         train_loop_config={
@@ -57,7 +60,9 @@ def fit(
             storage_path=run.at("train").root,
             storage_filesystem=run.fs,
             callbacks=list(callbacks),
-            failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=3),
+            failure_config=ray.train.FailureConfig(
+                max_failures=MAX_WORKER_FAILURES, controller_failure_limit=10 if elastic else 3
+            ),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),

@@ -50,7 +50,7 @@ def compiled(denoise: nn.Module, inputs: Inputs, autocast: Autocast) -> Any:
 
     What is compiled is kept in the cache folder, for the next trial of this node.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache_folder() / "compiled")  # importing torch._dynamo has set another
     torch.compiler.reset()  # variants of trials before this one in the process count against a limit
     fast = torch.compile(denoise, dynamic=False)
     try:
