@@ -21,8 +21,8 @@ from trainer.local import checkpoint_name
 from trainer.storage import Storage
 
 MAX_WORKER_FAILURES = 3
-# Ray 2.60 looks every 20 s at which nodes there are. A group that it starts before it knows of a loss finds no place for
-# all its workers, gives up after this long, and is started again with as many as there is place for.
+# Ray 2.60 looks at which nodes there are every 20 s. A group that it starts before it knows of a loss finds no place
+# for all its workers, gives up after this long, and is started again with as many as there is place for.
 ELASTIC_START_SECONDS = 30
 
 
@@ -38,7 +38,8 @@ def fit(
     """Trains in `config.workers` processes and returns the last reported metrics.
 
     Checkpoints go to RUN/train/<name>; the same name goes on from the newest whole one there. A worker that dies
-    is replaced, up to three times; where its node is lost and min_workers allows it, the others go on. Metrics hold `failure` where training cannot go on: see TrainingFailedError.
+    is replaced, up to three times; where its node is lost and min_workers allows it, the others go on without it.
+    Metrics hold `failure` where training cannot go on: see TrainingFailedError.
     """
     elastic = config.min_workers is not None and config.min_workers < config.workers
     num_workers = (config.min_workers, config.workers) if elastic else config.workers
