@@ -10,13 +10,6 @@ from trainer.event_log import EventLog
 from trainer.storage import Storage
 from trainer.upload import Uploader
 
-KEPT_CHECKPOINTS = 2  # the one before is what is left where the newest is damaged
-
-
-def checkpoint_name(metrics: loop.Metrics) -> str:
-    """Named by its step: one that is trained again after a crash overwrites its own checkpoint."""
-    return f"checkpoint_{metrics['step']:09d}"
-
 
 def fit(
     config: TrainConfig,
@@ -48,19 +41,11 @@ def fit(
         log(metrics)
 
     def store_and_report(metrics: loop.Metrics, snapshot: loop.Snapshot) -> None:
-        name, taken = checkpoint_name(metrics), snapshot()
-
-        def store() -> None:
-            checkpoint.save(checkpoints.at(name), taken.state, taken.meta)
-            up_to_here = [older for older in checkpoint.names(checkpoints) if older <= name]
-            for older in up_to_here[:-KEPT_CHECKPOINTS]:
-                checkpoints.delete(older)
-
-        uploader.start(store, then=lambda: report(metrics, checkpoints.at(name)))
+        uploader.start(snapshot(), then=lambda folder: report(metrics, folder))
         if metrics["rung"]:
             uploader.finish()
 
-    with Uploader() as uploader:
+    with Uploader(checkpoints) as uploader:
         loop.train(
             config,
             images,

@@ -1,13 +1,13 @@
 """Ray Train around the training loop: one worker group a training, checkpoints in the run's storage."""
 
 import os
-import threading
 import traceback
 from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
 from ray.train import CheckpointUploadMode
@@ -17,8 +17,8 @@ from trainer import checkpoint, data, loop
 from trainer.config import TrainConfig
 from trainer.event_log import EventLog
 from trainer.failures import TrainingFailedError, WorkerFailedError, failure_reason
-from trainer.local import checkpoint_name
 from trainer.storage import Storage
+from trainer.upload import Uploader, checkpoint_name
 
 MAX_WORKER_FAILURES = 3
 # Ray 2.60 looks at which nodes there are every 20 s. A group that it starts before it knows of a loss finds no place
@@ -64,7 +64,6 @@ def fit(
             failure_config=ray.train.FailureConfig(
                 max_failures=MAX_WORKER_FAILURES, controller_failure_limit=10 if elastic else 3
             ),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -80,7 +79,13 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
-    found = checkpoint.latest(run.at("train", setup["name"])) if ray.train.get_checkpoint() else None
+    checkpoints = run.at("train", setup["name"])
+    found = checkpoint.latest(checkpoints) if worker.rank == 0 else None
+    # The same for all: a worker that is cut off from the others may be storing one while these look.
+    newest = ray.train.collective.broadcast_from_rank_zero(found[1].meta["step"] if found else None)
+    if newest is not None and found is None:
+        folder = checkpoints.at(checkpoint_name(newest))
+        found = folder, checkpoint.load(folder)
     resume = found[1] if found else None
     first_epoch = resume.meta["epoch"] + 1 if resume else 1
     event_log = EventLog(run.at("tensorboard", setup["name"]), config, first_epoch) if worker.rank == 0 else None
@@ -90,47 +95,40 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
         samples: np.ndarray | None = metrics.pop("samples", None)
         event_log(metrics, samples)
 
-    stored = threading.Event()  # one checkpoint at a time
-    stored.set()
+    uploader = Uploader(checkpoints)
 
-    def report(metrics: loop.Metrics, snapshot: loop.Snapshot) -> None:
-        if worker.rank:
-            ray.train.report(metrics)
-            return
-        stored.wait()
-        stored.clear()
-        name, taken = checkpoint_name(metrics), snapshot()
-        folder = run.at("train", setup["name"], name)
-
-        def store(target: ray.train.Checkpoint, _: str) -> ray.train.Checkpoint:
-            try:
-                checkpoint.save(folder, taken.state, taken.meta)
-            finally:
-                stored.set()
-            return target
-
-        # Stored while training goes on; at rungs and at the end it waits, since there it may be stopped.
+    def tell(metrics: loop.Metrics, folder: Storage | None = None) -> None:
+        """To be called on all ranks. Ray Train hears of rungs alone, and stores and deletes nothing."""
         ray.train.report(
             metrics,
-            checkpoint=ray.train.Checkpoint(folder.root, folder.fs),
-            checkpoint_dir_name=name,
-            checkpoint_upload_mode=CheckpointUploadMode.SYNC if metrics["rung"] else CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=store,
+            checkpoint=ray.train.Checkpoint(folder.root, folder.fs) if folder else None,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
 
+    def report(metrics: loop.Metrics, snapshot: loop.Snapshot) -> None:
+        stored: list[Storage] = []
+        if worker.rank == 0:
+            uploader.start(snapshot(), then=stored.append)
+            if metrics["rung"]:  # training waits, since here it may be stopped
+                uploader.finish()
+        if metrics["rung"]:
+            tell(metrics, *stored)
+
     try:
-        images = data.load(config.data).train
-        loop.train(
-            config,
-            images,
-            worker,
-            report,
-            resume=resume,
-            score=setup["score"],
-            rungs=setup["rungs"],
-            log=log,
-            ready=stored.is_set,
-        )
+        if found and found[1].meta["metrics"]["rung"]:
+            tell(found[1].meta["metrics"], found[0] if worker.rank == 0 else None)  # it may not have been heard of
+        with uploader:
+            loop.train(
+                config,
+                data.load(config.data).train,
+                worker,
+                report,
+                resume=resume,
+                score=setup["score"],
+                rungs=setup["rungs"],
+                log=log,
+                ready=uploader.ready,
+            )
     except Exception as error:
         # What every rank meets, and would meet again, is reported. Anything else ends this worker: Ray Train then ends
         # the others and starts all of them again, up to three times (a hung worker, a storage that is gone).
