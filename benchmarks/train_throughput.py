@@ -53,7 +53,7 @@ class EncodedImages(Dataset):
         return self.transform(Image.open(io.BytesIO(self.rows[index]["bytes"])).convert("RGB"))
 
 
-Batches = Callable[[int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # step → x_0, t, noise
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x_0, t, noise
 
 
 class Tutorial:
@@ -72,13 +72,12 @@ class Tutorial:
         while True:
             yield from self.loader
 
-    def step(self, fixed: Any = None) -> float:
-        if fixed is None:
-            x_0 = next(self.endless).to(self.device)
-            noise = torch.randn_like(x_0)
-            t = torch.randint(0, 1000, (len(x_0),), device=self.device)
-        else:
-            x_0, t, noise = fixed
+    def batch(self) -> Batch:
+        x_0 = next(self.endless).to(self.device)
+        return x_0, torch.randint(0, 1000, (len(x_0),), device=self.device), torch.randn_like(x_0)
+
+    def step(self, fixed: Batch | None = None) -> float:
+        x_0, t, noise = fixed or self.batch()
         predicted = self.network(self.scheduler.add_noise(x_0, noise, t), t).sample
         loss = F.mse_loss(predicted, noise)
         self.optimizer.zero_grad()
@@ -96,13 +95,8 @@ class Recipe(Tutorial):
         self.clip = config.gradient_clip
         self.ema = EMAModel(self.network.parameters(), decay=0.9999, use_ema_warmup=True, power=0.75)
 
-    def step(self, fixed: Any = None) -> float:
-        if fixed is None:
-            x_0 = next(self.endless).to(self.device)
-            noise = torch.randn_like(x_0)
-            t = torch.randint(0, 1000, (len(x_0),), device=self.device)
-        else:
-            x_0, t, noise = fixed
+    def step(self, fixed: Batch | None = None) -> float:
+        x_0, t, noise = fixed or self.batch()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             predicted = self.network(self.scheduler.add_noise(x_0, noise, t), t).sample
         loss = F.mse_loss(predicted.float(), noise)
