@@ -189,7 +189,7 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error}; give a folder that can") from error
     found = checkpoint.latest(folder)
-    if found is not None and found[1].config != config.train:
+    if found is not None and found[1].config.learned() != config.train.learned():
         raise UserError(f"--out {out} holds a training of another configuration; give another --out")
     splits = preflight(config, console)
     device = local.default_device()

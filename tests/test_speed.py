@@ -1,7 +1,6 @@
 """What makes a step fast, and that none of it changes what is learned: the compiler is the real one."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +48,11 @@ class SmallNet(nn.Module):
         return (self.out(nn.functional.silu(self.into(x_t)) * torch.cos(t)[:, None, None, None]),)
 
 
-def compile_in_a_process(_: int, folder: str, name: str, compiler: str | None) -> None:
+def compile_in_a_process(_: int, folder: str, name: str) -> None:
     from torch._dynamo.utils import counters
 
     torch.set_num_threads(1)
     model.build = SmallNet  # type: ignore[assignment,misc]
-    os.environ["DDPM_SEARCH_CACHE"] = f"{folder}/cache"
-    if compiler is not None:
-        os.environ["CXX"] = compiler
     losses, graphs = {}, []
     for compiles in (False, True):
         config = TINY.model_copy(update={"speed": SpeedConfig(compile=compiles), "micro_batch": 4})
@@ -68,12 +64,21 @@ def compile_in_a_process(_: int, folder: str, name: str, compiler: str | None) -
     Path(folder, name).write_text(json.dumps({"losses": losses, "graphs": graphs, **found}))
 
 
-def compiled(folder: Path, name: str, compiler: str | None = None) -> dict[str, Any]:
-    mp.spawn(compile_in_a_process, (str(folder), name, compiler), nprocs=1)
+@pytest.fixture
+def _environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDPM_SEARCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_COMPILE_THREADS", "1"
+    )  # no processes of its own, which start for longer than this
+
+
+def compiled(folder: Path, name: str) -> dict[str, Any]:
+    mp.spawn(compile_in_a_process, (str(folder), name), nprocs=1)
     return json.loads((folder / name).read_text())
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_environment")
 def test_compiling_changes_only_rounding_and_is_done_once_a_node(tmp_path):
     first, second = (compiled(tmp_path, name) for name in ("first", "second"))
     for process in (first, second):
@@ -87,8 +92,10 @@ def test_compiling_changes_only_rounding_and_is_done_once_a_node(tmp_path):
 
 
 @pytest.mark.slow
-def test_where_compiling_fails_training_goes_on_as_without_and_one_line_says_why(tmp_path, capfd):
-    found = compiled(tmp_path, "none", compiler="/nowhere/c++")
+@pytest.mark.usefixtures("_environment")
+def test_where_compiling_fails_training_goes_on_as_without_and_one_line_says_why(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    found = compiled(tmp_path, "none")
     assert found["losses"]["True"] == found["losses"]["False"]
     lines = [line for line in capfd.readouterr().out.splitlines() if "torch.compile" in line]
     assert len(lines) == 1

@@ -1,7 +1,7 @@
 """What one training is: every setting of it, checked where it is built."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -180,3 +180,8 @@ class TrainConfig(Config):
                 f"min_workers <= workers must hold, but got min_workers={self.min_workers}, workers={self.workers}"
             )
         return self
+
+    def learned(self) -> dict[str, Any]:
+        """All but what may be another when a training is resumed, since it changes nothing that is learned."""
+        free = {"micro_batch", "checkpoint_seconds", "checkpoint_epochs", "hang_seconds", "speed"}
+        return self.model_dump(exclude=free | {"workers", "min_workers"})
