@@ -217,6 +217,13 @@ def test_checkpoints_come_by_the_clock_by_epochs_at_rungs_and_at_the_end():
         assert list(record(config, rungs=[2])["states"]) == steps, (seconds, epochs)
 
 
+def test_a_resumed_training_may_change_what_changes_nothing_that_is_learned():
+    free = {"micro_batch": 2, "workers": 3, "min_workers": 1, "checkpoint_epochs": 1, "speed": SpeedConfig(bf16=True)}
+    assert TINY.model_copy(update=free).learned() == TINY.learned()
+    for name, value in {"batch_size": 8, "seed": 1, "learning_rate": 1.0, "ema_decays": (0.5,)}.items():
+        assert TINY.model_copy(update={name: value}).learned() != TINY.learned(), name
+
+
 def test_a_checkpoint_of_the_clock_waits_until_it_can_be_stored():
     config = TINY.model_copy(update={"epochs": 4, "checkpoint_seconds": 0.0})
     answers = iter([False, True, False, False])

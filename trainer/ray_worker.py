@@ -101,7 +101,7 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
         """To be called on all ranks. Ray Train hears of rungs alone, and stores and deletes nothing."""
         ray.train.report(
             metrics,
-            checkpoint=ray.train.Checkpoint(folder.root, folder.fs) if folder else None,
+            checkpoint=ray.train.Checkpoint(folder.root, context.get_storage().storage_filesystem) if folder else None,
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
 
