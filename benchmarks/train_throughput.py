@@ -1,6 +1,6 @@
 """Training speed of this loop beside (a) a loop as tutorials write it and (b) diffusers' own recipe, in one process.
 
-    python benchmarks/train_throughput.py parquet:/path/to/cifar10 [--rounds 5] [--steps 8]
+    python -m benchmarks.train_throughput parquet:/path/to/cifar10 [--rounds 5] [--steps 8] [--switches]
 
 Same U-Net, same initial weights, same batch size, CIFAR-10 at 32x32. The three take turns, a few steps at a time, so
 that a machine that drifts drifts for all; medians and ratios of the rounds are printed and written to docs/results.
@@ -10,8 +10,11 @@ First all three take 20 steps on the same images, timesteps and noise: their los
 import argparse
 import io
 import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -29,7 +32,8 @@ from torchvision import transforms
 
 from benchmarks.common import provenance, write
 from trainer import data, model, step
-from trainer.config import DataConfig, ModelConfig, TrainConfig
+from trainer.config import DataConfig, ModelConfig, SpeedConfig, TrainConfig
+from trainer.failures import Worker
 
 BATCH, AGREEING_STEPS, LEARNING_RATE = 16, 20, 2e-4
 SMALL = ModelConfig(channels=(32, 64, 64, 64), attention=(False, True, True, True))  # 2.4M, for CPUs
@@ -40,10 +44,8 @@ class EncodedImages(Dataset):
     """Encoded bytes, decoded and transformed an image at a time: what a tutorial's Dataset does."""
 
     def __init__(self, path: str, count: int):
-        from pathlib import Path
-
         file = min(Path(path).glob("train-*.parquet")) if Path(path).is_dir() else Path(path)
-        self.rows = pq.read_table(file, columns=["img"])["img"].slice(0, count).to_pylist()
+        self.rows = next(pq.ParquetFile(file).iter_batches(count, columns=["img"]))["img"].to_pylist()
         self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
 
     def __len__(self) -> int:
@@ -53,7 +55,7 @@ class EncodedImages(Dataset):
         return self.transform(Image.open(io.BytesIO(self.rows[index]["bytes"])).convert("RGB"))
 
 
-Batches = Callable[[int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]  # step → x_0, t, noise
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # x_0, t, noise
 
 
 class Tutorial:
@@ -72,13 +74,12 @@ class Tutorial:
         while True:
             yield from self.loader
 
-    def step(self, fixed: Any = None) -> float:
-        if fixed is None:
-            x_0 = next(self.endless).to(self.device)
-            noise = torch.randn_like(x_0)
-            t = torch.randint(0, 1000, (len(x_0),), device=self.device)
-        else:
-            x_0, t, noise = fixed
+    def batch(self) -> Batch:
+        x_0 = next(self.endless).to(self.device)
+        return x_0, torch.randint(0, 1000, (len(x_0),), device=self.device), torch.randn_like(x_0)
+
+    def step(self, fixed: Batch | None = None) -> float:
+        x_0, t, noise = fixed or self.batch()
         predicted = self.network(self.scheduler.add_noise(x_0, noise, t), t).sample
         loss = F.mse_loss(predicted, noise)
         self.optimizer.zero_grad()
@@ -96,13 +97,8 @@ class Recipe(Tutorial):
         self.clip = config.gradient_clip
         self.ema = EMAModel(self.network.parameters(), decay=0.9999, use_ema_warmup=True, power=0.75)
 
-    def step(self, fixed: Any = None) -> float:
-        if fixed is None:
-            x_0 = next(self.endless).to(self.device)
-            noise = torch.randn_like(x_0)
-            t = torch.randint(0, 1000, (len(x_0),), device=self.device)
-        else:
-            x_0, t, noise = fixed
+    def step(self, fixed: Batch | None = None) -> float:
+        x_0, t, noise = fixed or self.batch()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             predicted = self.network(self.scheduler.add_noise(x_0, noise, t), t).sample
         loss = F.mse_loss(predicted.float(), noise)
@@ -118,7 +114,7 @@ class Ours:
     """This project's TrainStep, losses fetched once a round as its loop fetches them."""
 
     def __init__(self, config: TrainConfig, images: data.Images, device: torch.device):
-        self.advance = step.TrainStep(config, images, step.Worker(device))
+        self.advance = step.TrainStep(config, images, Worker(device))
         self.done = 0
 
     def steps(self, count: int) -> list[float]:
@@ -153,12 +149,42 @@ def agreeing_losses(config: TrainConfig, images: data.Images, dataset: Dataset, 
     }
 
 
+def makers(config: TrainConfig, source: str, device: torch.device) -> dict[str, Callable[[], Callable[[int], Any]]]:
+    """Each contender by its name, not yet made: made, it is a function that takes so many steps."""
+
+    def ours(**switched: bool) -> Callable[[int], Any]:
+        switched_config = config.model_copy(update={"speed": SpeedConfig(**switched)})
+        return Ours(switched_config, data.load(config.data).train, device).steps
+
+    def theirs(kind: type[Tutorial]) -> Callable[[int], Any]:
+        loop = kind(config, EncodedImages(source, len(data.load(config.data).train)), device)
+        return lambda count: [loop.step() for _ in range(count)]
+
+    return {
+        "ours": ours,
+        "tutorial": lambda: theirs(Tutorial),
+        "diffusers recipe": lambda: theirs(Recipe),
+        "ours without channels_last": lambda: ours(channels_last=False),
+        "ours without fused Adam": lambda: ours(fused_adam=False),
+        "ours with bf16": lambda: ours(bf16=True),
+    }
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB: of the GPU's memory, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", help="parquet:PATH of CIFAR-10")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--switches", action="store_true", help="this loop alone, with the switches of train.speed")
+    parser.add_argument("--memory-of", help="the peak memory of a process that does nothing but this one's steps")
     arguments = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -169,42 +195,40 @@ def main() -> None:
         learning_rate=LEARNING_RATE,
         dropout=0.0,
     )
+    source = arguments.data.removeprefix("parquet:")
+    made = makers(config, source, device)
+    if arguments.memory_of:
+        made[arguments.memory_of]()(3)
+        print(peak_memory(device))
+        return
+    names = [name for name in made if name == "ours" or name.startswith("ours") == arguments.switches]
     images = data.load(config.data).train
-    dataset = EncodedImages(arguments.data.removeprefix("parquet:"), len(images))
-    agreement = agreeing_losses(config, images, dataset, device)
-
-    tutorial, recipe, ours = (
-        Tutorial(config, dataset, device),
-        Recipe(config, dataset, device),
-        Ours(config, images, device),
-    )
-    contenders: dict[str, Callable[[], Any]] = {
-        "ours": lambda: ours.steps(arguments.steps),
-        "tutorial": lambda: [tutorial.step() for _ in range(arguments.steps)],
-        "diffusers recipe": lambda: [recipe.step() for _ in range(arguments.steps)],
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    memory: dict[str, float] = {}
+    agreement = agreeing_losses(config, images, EncodedImages(source, len(images)), device)
+    contenders = {name: made[name]() for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(arguments.rounds + 1):
         for name, work in contenders.items():
             if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
                 torch.cuda.synchronize()
             began = time.perf_counter()
-            work()
+            work(arguments.steps)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-                memory[name] = torch.cuda.max_memory_allocated() / 2**20
             if round_number:  # the first warms up
                 seconds[name].append(time.perf_counter() - began)
+    command = (sys.executable, "-m", "benchmarks.train_throughput", arguments.data, "--images", str(arguments.images))
+    memory = {
+        name: float(subprocess.run((*command, "--memory-of", name), check=True, capture_output=True, text=True).stdout)
+        for name in names
+    }
 
     images_per_second = {name: arguments.steps * BATCH / median(times) for name, times in seconds.items()}
     ratios = {
         name: median(theirs / mine for theirs, mine in zip(seconds[name], seconds["ours"], strict=True))
-        for name in contenders
+        for name in names
         if name != "ours"
     }
-    parameters = sum(p.numel() for p in ours.advance.network.parameters())
+    parameters = sum(p.numel() for p in model.build(config.model, (3, 32, 32), 0.0, 0).parameters())
     result = {
         **provenance(config.seed),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -215,15 +239,16 @@ def main() -> None:
         "speed_ratio_to": ratios,
         "round_seconds": seconds,
         "agreement": agreement,
-        "peak_memory_mib": memory or {"whole process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024},
+        "peak_memory_mib": memory,
     }
     if device.type == "cuda":
         result |= _utilisation(config, images_per_second["ours"])
-    write(f"train_throughput_{device.type}", result)
+    write(f"train_{'switches' if arguments.switches else 'throughput'}_{device.type}", result)
 
-    table = Table("", "images/s", "ours is faster by")
+    table = Table("", "images/s", "ours is faster by", "peak memory, MiB")
     for name, speed in images_per_second.items():
-        table.add_row(name, f"{speed:.1f}", f"{ratios[name]:.2f}x" if name in ratios else "")
+        ratio = f"{ratios[name]:.2f}x" if name in ratios else ""
+        table.add_row(name, f"{speed:.1f}", ratio, f"{memory[name]:.0f}")
     Console().print(table)
     print(f"largest relative difference of {AGREEING_STEPS} losses: {agreement['largest_relative_difference']:.1e}")
 

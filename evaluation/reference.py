@@ -90,6 +90,8 @@ def _extractor(
             raise ValueError("final.extractor is classifier, which needs labels, but the data set has none")
         return None
 
+    mirrored = splits.config.horizontal_flip  # then half of what a model draws is
+
     def train() -> Classifier:
         progress("training the classifier that judges images (once for a data set)")
         images, rest, held_out = splits.train, splits.rest, splits.held_out
@@ -103,9 +105,10 @@ def _extractor(
             held_out.labels,
             seed=0,
             device=device,
+            horizontal_flip=mirrored,
         )
 
-    return cached_classifier(cache, key, train)
+    return cached_classifier(cache, f"{key}-mirrored" if mirrored else key, train)
 
 
 def rung_scorer(

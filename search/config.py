@@ -206,7 +206,6 @@ class SearchConfig(Config):
         "train",
         description="train: Ray Train, any number of workers. reuse: trials of one worker in one process, no start-up",
     )
-    report_seconds: float = Field(60.0, gt=0, description="longest time between two checkpoints, in whole epochs")
 
     @model_validator(mode="after")
     def _runner_fits(self) -> "SearchConfig":

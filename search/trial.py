@@ -21,9 +21,7 @@ class RungReportCallback(TuneReportCallback):
             super().after_report(run_context, metrics, checkpoint)
 
 
-def in_ray_train(
-    run: Storage, scorer: RungScorer, rungs: list[int], use_gpu: bool, report_seconds: float
-) -> Callable[[dict[str, Any]], None]:
+def in_ray_train(run: Storage, scorer: RungScorer, rungs: list[int], use_gpu: bool) -> Callable[[dict[str, Any]], None]:
     """The function that Tune runs for each trial, whose config is {trial, train}: Ray Train with its worker group."""
 
     def trial(config: dict[str, Any]) -> None:
@@ -42,15 +40,12 @@ def in_ray_train(
             rungs=rungs,
             callbacks=[RungReportCallback()],
             use_gpu=use_gpu,
-            report_seconds=report_seconds,
         )
 
     return trial
 
 
-def in_reused_process(
-    run: Storage, scorer: RungScorer, rungs: list[int], report_seconds: float
-) -> Callable[[dict[str, Any]], None]:
+def in_reused_process(run: Storage, scorer: RungScorer, rungs: list[int]) -> Callable[[dict[str, Any]], None]:
     """As `in_ray_train`, for one worker, in the trial's own process, which Tune hands from trial to trial.
 
     Starting a worker group costs 8 to 17 s on 2 cores, the next trial in a process that is warm none of that.
@@ -59,7 +54,7 @@ def in_reused_process(
     def trial(config: dict[str, Any]) -> None:
         import torch
 
-        from trainer import data, local, loop
+        from trainer import data, failures, local, loop
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         training = TrainConfig.model_validate(config["train"])
@@ -78,13 +73,12 @@ def in_reused_process(
                 report,
                 score=scorer,
                 rungs=rungs,
-                report_seconds=report_seconds,
             )
         except OSError:
             raise  # the storage may be back when Tune tries again
         except Exception as error:
             traceback.print_exc()
-            tune.report({"failure": loop.failure_reason(error), "rung": True})
+            tune.report({"failure": failures.failure_reason(error), "rung": True})
         finally:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # the next trial's memory is its own

@@ -90,10 +90,10 @@ def _tune(
         return spent
     rungs = config.rung_epochs()
     if config.runner == "reuse":
-        run_trial = trial.in_reused_process(run, scorer, rungs, config.report_seconds)
+        run_trial = trial.in_reused_process(run, scorer, rungs)
         resources: dict[str, float] = {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1}
     else:
-        run_trial = trial.in_ray_train(run, scorer, rungs, use_gpu, config.report_seconds)
+        run_trial = trial.in_ray_train(run, scorer, rungs, use_gpu)
         # Ray Train reserves the workers; the trial's own process waits, and must fit beside them on any node.
         resources = {"memory": 1}
     tuner = tune.Tuner(

@@ -188,7 +188,7 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error}; give a folder that can") from error
     found = checkpoint.latest(folder)
-    if found is not None and found[1].config != config.train:
+    if found is not None and found[1].config.learned() != config.train.learned():
         raise UserError(f"--out {out} holds a training of another configuration; give another --out")
     splits = preflight(config, console)
     device = local.default_device()
@@ -215,10 +215,9 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
                 score=reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric),
                 rungs=config.rung_epochs(),
                 log=lambda metrics: progress(metrics["epoch"], config.train.epochs),
-                report_seconds=config.report_seconds,
                 stop=lambda: interrupt.requested,
             )
-        except (loop.TrainingFailedError, loop.WorkerFailedError) as error:
+        except loop.TrainingFailedError as error:
             raise SystemExit(f"ddpm-search: training failed: {error}") from None
         except loop.InterruptedTrainingError:
             print(f"\nInterrupted; a checkpoint is in {out}. The same command goes on from there.", file=sys.stderr)

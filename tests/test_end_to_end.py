@@ -135,7 +135,7 @@ def test_a_search_with_two_workers_ends_with_a_ranked_and_exported_winner(enviro
 def test_a_killed_search_is_resumed_without_losing_a_trial_or_an_epoch(environment, tmp_path):
     place = Storage(tmp_path / "cut")
     arguments = ("run", "digits", "--name", "cut", "--storage", str(tmp_path))
-    setup = settings(*SMALL, "train.epochs=9", "early_stopping.scheduler=none", "report_seconds=0.01")
+    setup = settings(*SMALL, "train.epochs=9", "early_stopping.scheduler=none", "train.checkpoint_seconds=0.01")
     with started(environment, *arguments, *setup) as process:
         wait_for(lambda: place.exists("trials.parquet") and epochs_done(place) >= 2, process)
         os.kill(process.pid, signal.SIGKILL)

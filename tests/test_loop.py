@@ -50,11 +50,9 @@ def record(config: TrainConfig, worker: Worker = CPU, **arguments) -> dict:
     """Trains and returns {metrics: by epoch, states: checkpoints' state by step}."""
     seen: dict = {"metrics": {}, "states": {}, "metas": {}}
 
-    def report(metrics, save):
-        # What a checkpoint would hold; copied, for training goes on in place.
-        state, meta = save.keywords["state"], save.keywords["meta"]
-        seen["states"][metrics["step"]] = copy.deepcopy(state)
-        seen["metas"][metrics["step"]] = copy.deepcopy(meta)
+    def report(metrics, snapshot):
+        taken = snapshot()
+        seen["states"][metrics["step"]], seen["metas"][metrics["step"]] = taken.state, taken.meta
 
     images = arguments.pop("images", toy_images())
     arguments.setdefault("log", lambda metrics: seen["metrics"].__setitem__(metrics["epoch"], dict(metrics)))
@@ -110,8 +108,9 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, cut):
     steps_done = iter(range(1, 100))
     part: dict = {}
 
-    def report(metrics, save):
-        save(Storage(tmp_path / "cut"))
+    def report(metrics, snapshot):
+        taken = snapshot()
+        checkpoint.save(Storage(tmp_path / "cut"), taken.state, taken.meta)
         part.update(metrics)
 
     with pytest.raises(loop.InterruptedTrainingError):
@@ -211,10 +210,23 @@ def test_several_averages_are_each_what_a_training_of_their_own_gives_and_the_be
     assert torch.equal(kept.state_dict()["conv_out.bias"], wanted)
 
 
-def test_reports_come_by_the_clock_at_rungs_and_at_the_end():
-    steps = [metrics for metrics in record(TINY, rungs=[2])["states"]]
-    assert steps == [6, 10]
-    assert len(record(TINY, rungs=[2], report_seconds=0.0)["states"]) > 2
+def test_checkpoints_come_by_the_clock_by_epochs_at_rungs_and_at_the_end():
+    for seconds, epochs, steps in ((60.0, None, [6, 10]), (0.0, None, [3, 6, 10]), (None, 1, [3, 6, 10])):
+        config = TINY.model_copy(update={"checkpoint_seconds": seconds, "checkpoint_epochs": epochs})
+        assert list(record(config, rungs=[2])["states"]) == steps, (seconds, epochs)
+
+
+def test_a_resumed_training_may_change_what_changes_nothing_that_is_learned():
+    free = {"micro_batch": 2, "workers": 3, "min_workers": 1, "checkpoint_epochs": 1, "speed": SpeedConfig(bf16=True)}
+    assert TINY.model_copy(update=free).learned() == TINY.learned()
+    for name, value in {"batch_size": 8, "seed": 1, "learning_rate": 1.0, "ema_decays": (0.5,)}.items():
+        assert TINY.model_copy(update={name: value}).learned() != TINY.learned(), name
+
+
+def test_a_checkpoint_of_the_clock_waits_until_it_can_be_stored():
+    config = TINY.model_copy(update={"epochs": 4, "checkpoint_seconds": 0.0})
+    answers = iter([False, True, False, False])
+    assert list(record(config, ready=lambda: next(answers))["states"]) == [6, 13]
 
 
 def _worker(rank: int, world_size: int, folder: str, config: TrainConfig) -> None:
@@ -266,9 +278,10 @@ def _first_epochs(rank: int, world_size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
 
-    def report(metrics, save):
+    def report(metrics, snapshot):
         if rank == 0 and metrics["epoch"] == 1:
-            save(Storage(Path(folder) / "cut"))
+            taken = snapshot()
+            checkpoint.save(Storage(Path(folder) / "cut"), taken.state, taken.meta)
 
     loop.train(TINY, toy_images(), Worker(torch.device("cpu"), rank, world_size), report, rungs=[1])
     dist.destroy_process_group()

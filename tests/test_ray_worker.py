@@ -5,12 +5,14 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
+import ray.train
 import torch
 import torch.multiprocessing as mp
 from ray.cluster_utils import Cluster
@@ -28,43 +30,49 @@ CONFIG = TrainConfig(
     model=ModelConfig(
         channels=(4, 8), attention=(False, True), layers_per_block=1, attention_head_dim=8, norm_groups=2
     ),
-    epochs=6,
+    epochs=12,
     batch_size=8,
     dropout=0.0,
     ema_decays=(0.9,),
     workers=2,
+    checkpoint_seconds=0.0,  # between rungs too, while training goes on
 )
-RUNGS = (1, 2, 3, 4, 5)
+RUNGS = (2, 4, 6, 8, 10)
 
 
 class Probe:
-    """A scorer that notes who scored, and at the third rung of its first life waits to be stopped or killed."""
+    """A scorer that notes who scored, and at the third rung of its first life waits for what happens to it."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def __call__(self, denoiser: Any, config: TrainConfig, device: torch.device) -> dict[str, Any]:
         with (self.folder / "scored").open("a") as file:
-            file.write(f"{os.getpid()}\n")
-        lives = (self.folder / "scored").read_text().split()
+            file.write(f"{os.getpid()} {ray.train.get_context().get_world_size()}\n")
+        lives = self.pids()
         if len(lives) == 3 and len(set(lives)) == 1:
             time.sleep(120)  # ended by the test long before
         return {"frechet": 1.0, "objective": 1.0}
 
-    def pids(self) -> list[int]:
+    def noted(self) -> list[list[int]]:
         file = self.folder / "scored"
-        return [int(line) for line in file.read_text().split()] if file.exists() else []
+        return [[int(number) for number in line.split()] for line in file.open()] if file.exists() else []
+
+    def pids(self) -> list[int]:
+        return [pid for pid, _ in self.noted()]
+
+    def world_sizes(self) -> list[int]:
+        return [size for _, size in self.noted()]
 
 
 @contextmanager
-def cluster_of_two(temporary: str) -> Iterator[None]:
-    """A head without workers and two nodes of one worker each."""
+def cluster_of_two(temporary: str) -> Iterator[list[Any]]:
+    """A head without workers and two nodes of one worker each, which are given."""
     os.environ |= ENVIRONMENT | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "8", "RAY_TMPDIR": temporary}
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20})
-    for _ in range(2):
-        made.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+    nodes = [made.add_node(num_cpus=1, object_store_memory=100 * 2**20) for _ in range(2)]
     ray.init(address=made.address, log_to_driver=False)
-    yield
+    yield nodes
     ray.shutdown()
     made.shutdown()
 
@@ -72,6 +80,7 @@ def cluster_of_two(temporary: str) -> Iterator[None]:
 # On the head, which lives: what dies here are workers
 @ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})
 def train_in_a_task(config: dict[str, Any], run: str, probe: Probe) -> dict[str, Any]:
+    ray_worker.ELASTIC_START_SECONDS = 10
     return ray_worker.fit(TrainConfig.model_validate(config), "trial", Storage(run), score=probe, rungs=RUNGS)
 
 
@@ -128,7 +137,7 @@ def scenario(_: int, folder: str, temporary: str, sign: int) -> None:
         metrics = ray.get(training, timeout=150)
         assert metrics["epoch"] == CONFIG.epochs
         assert victim not in probe.pids()[3:]
-        assert len(probe.pids()) <= 3 + 4, "more than one epoch was trained twice"
+        assert len(probe.pids()) <= 3 + 4, "more than one rung was trained twice"
         assert not is_alive(victim)
         assert final_loss(run) == pytest.approx(uninterrupted(tmp_path)[CONFIG.epochs], rel=1e-4)
 
@@ -137,4 +146,38 @@ def scenario(_: int, folder: str, temporary: str, sign: int) -> None:
 def test_a_worker_that_dies_or_hangs_is_replaced_and_the_curve_goes_on(tmp_path, tmp_path_factory, sign):
     """A hung one answers no health check; then all end and start again from the last checkpoint."""
     mp.spawn(scenario, (str(tmp_path), str(tmp_path_factory.mktemp("r")), int(sign)), nprocs=1)
+    assert final_loss(Storage(tmp_path / "run")) > 0
+
+
+def lose_node_of(pid: int, nodes: list[Any]) -> None:
+    """As a machine that loses its power: everything on it at once."""
+    for node in nodes:
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        processes = [raylet, *raylet.children(recursive=True)]
+        if pid in [process.pid for process in processes]:
+            for process in processes:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            return
+    raise AssertionError(f"process {pid} is on no node")
+
+
+def scenario_of_a_lost_node(_: int, folder: str, temporary: str) -> None:
+    tmp_path = Path(folder)
+    probe, run = Probe(tmp_path), Storage(tmp_path / "run")
+    with cluster_of_two(temporary) as nodes:
+        config = CONFIG.model_copy(update={"min_workers": 1})
+        training = train_in_a_task.remote(config.model_dump(mode="json"), run.uri, probe)
+        wait_for_third_rung(probe, training)
+        lose_node_of(probe.pids()[0], nodes)
+        metrics = ray.get(training, timeout=200)
+        assert metrics["epoch"] == CONFIG.epochs
+        assert probe.world_sizes()[:3] == [2, 2, 2]
+        assert set(probe.world_sizes()[3:]) == {1}
+        assert len(probe.pids()) <= 3 + 4, "more than one rung was trained twice"
+        assert final_loss(run) == pytest.approx(uninterrupted(tmp_path)[CONFIG.epochs], rel=1e-4)
+
+
+def test_a_training_whose_node_is_lost_goes_on_with_fewer_workers_and_the_same_curve(tmp_path, tmp_path_factory):
+    mp.spawn(scenario_of_a_lost_node, (str(tmp_path), str(tmp_path_factory.mktemp("r"))), nprocs=1)
     assert final_loss(Storage(tmp_path / "run")) > 0

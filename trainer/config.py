@@ -1,7 +1,7 @@
 """What one training is: every setting of it, checked where it is built."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -125,18 +125,17 @@ class ModelConfig(Config):
             )
 
 
+Switch = Literal["auto"] | bool
+
+
 class SpeedConfig(Config):
-    """How fast a step is; none of it changes what is learned beyond rounding. `auto` is by device.
+    """How fast a step is; none of it changes what is learned beyond rounding. `auto`: see trainer/speed.py."""
 
-    On CPUs bf16 autocast was twice as slow, channels_last and fused Adam faster, and compiling takes minutes that short
-    trainings do not earn back (benchmarks/train_throughput.py).
-    """
-
-    bf16: Literal["auto"] | bool = Field("auto", description="autocast; auto: on GPUs")
-    channels_last: bool = True
-    fused_adam: bool = True
-    cuda_graphs: Literal["auto"] | bool = Field("auto", description="auto: where one GPU trains alone")
-    compile: bool = Field(False, description="torch.compile; costs minutes a process")
+    bf16: Switch = Field("auto", description="autocast; auto: on GPUs")
+    channels_last: Switch = Field("auto", description="auto: everywhere")
+    fused_adam: Switch = Field("auto", description="auto: everywhere")
+    cuda_graphs: Switch = Field("auto", description="auto: where one GPU trains alone, and is not compiled for")
+    compile: Switch = Field("auto", description="torch.compile, minutes a node; auto: on GPUs, for long trainings")
 
 
 class TrainConfig(Config):
@@ -156,10 +155,17 @@ class TrainConfig(Config):
         (0.9999,), min_length=1, description="each reached by warm-up (1+n)/(10+n); rungs score the first, the end all"
     )
     micro_batch: int | None = Field(None, ge=1, description="images a worker takes at once; gradients are accumulated")
+    checkpoint_seconds: float | None = Field(
+        60.0, ge=0, description="a checkpoint is written after so long, between two steps"
+    )
+    checkpoint_epochs: int | None = Field(None, ge=1, description="a checkpoint is written after so many epochs")
     hang_seconds: int = Field(1800, ge=1, description="a worker that the others wait for longer has hung")
     speed: SpeedConfig = SpeedConfig()
     seed: int = Field(0, ge=0)
     workers: int = Field(1, ge=1, description="DDP workers of one training")
+    min_workers: int | None = Field(
+        None, ge=1, description="with how few it goes on where nodes are lost; None waits until all have a place"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainConfig":
@@ -169,4 +175,13 @@ class TrainConfig(Config):
             raise ValueError(
                 f"batch_size >= workers must hold, but got batch_size={self.batch_size}, workers={self.workers}"
             )
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(
+                f"min_workers <= workers must hold, but got min_workers={self.min_workers}, workers={self.workers}"
+            )
         return self
+
+    def learned(self) -> dict[str, Any]:
+        """All but what may be another when a training is resumed, since it changes nothing that is learned."""
+        free = {"micro_batch", "checkpoint_seconds", "checkpoint_epochs", "hang_seconds", "speed"}
+        return self.model_dump(exclude=free | {"workers", "min_workers"})

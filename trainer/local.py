@@ -8,13 +8,7 @@ from trainer import checkpoint, data, loop
 from trainer.config import TrainConfig
 from trainer.event_log import EventLog
 from trainer.storage import Storage
-
-KEPT_CHECKPOINTS = 2  # the one before is what is left where the newest is damaged
-
-
-def checkpoint_name(metrics: loop.Metrics) -> str:
-    """Named by its step: one that is trained again after a crash overwrites its own checkpoint."""
-    return f"checkpoint_{metrics['step']:09d}"
+from trainer.upload import Uploader
 
 
 def fit(
@@ -27,13 +21,14 @@ def fit(
     score: loop.Scorer | None = None,
     rungs: Collection[int] = (),
     log: Callable[[loop.Metrics], None] = lambda metrics: None,
-    report_seconds: float = 60.0,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Trains from the newest whole checkpoint in `checkpoints`, or from the start, to the last epoch.
 
-    report(metrics, checkpoint) comes after each checkpoint is on disk; where the last one was written but not
-    reported, it is reported first. Raises TrainingFailedError, and InterruptedTrainingError after stop().
+    report(metrics, checkpoint) comes after each checkpoint is stored, on this thread. At rungs and at the end training
+    waits for that, since there it may be stopped; elsewhere it goes on, and the report comes before the next one.
+    Where the last checkpoint was stored but not reported, it is reported first.
+    Raises TrainingFailedError, what storing raised, and InterruptedTrainingError after stop().
     """
     found = checkpoint.latest(checkpoints)
     resume = found[1] if found else None
@@ -45,15 +40,24 @@ def fit(
         event_log(metrics, metrics.pop("samples", None))
         log(metrics)
 
-    def save_and_report(metrics: loop.Metrics, save: loop.Save) -> None:
-        folder = checkpoints.at(checkpoint_name(metrics))
-        save(folder)
-        for name in checkpoint.names(checkpoints)[:-KEPT_CHECKPOINTS]:
-            checkpoints.delete(name)
-        report(metrics, folder)
+    def store_and_report(metrics: loop.Metrics, snapshot: loop.Snapshot) -> None:
+        uploader.start(snapshot(), then=lambda folder: report(metrics, folder))
+        if metrics["rung"]:
+            uploader.finish()
 
-    worker = loop.Worker(device)
-    loop.train(config, images, worker, save_and_report, resume, score, rungs, log_all, report_seconds, stop)
+    with Uploader(checkpoints) as uploader:
+        loop.train(
+            config,
+            images,
+            loop.Worker(device),
+            store_and_report,
+            resume,
+            score,
+            rungs,
+            log_all,
+            ready=uploader.ready,
+            stop=stop,
+        )
 
 
 def default_device() -> torch.device:

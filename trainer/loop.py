@@ -1,6 +1,5 @@
 """The training loop: plain PyTorch and DDP. Where reports go, what scores a rung and what to resume are handed in."""
 
-import functools
 import time
 from collections.abc import Callable, Collection
 from typing import Any, Protocol
@@ -10,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from trainer import checkpoint, data
+from trainer import data
 from trainer.checkpoint import Checkpoint
 from trainer.config import TrainConfig
-from trainer.step import TrainingFailedError, TrainStep, Worker, WorkerFailedError
-from trainer.storage import Storage
+from trainer.failures import TrainingFailedError, Worker, explained
+from trainer.step import TrainStep
 
 Metrics = dict[str, Any]
-Save = Callable[[Storage], None]
+Snapshot = Callable[[], Checkpoint]
 
 CHECK_STEPS = 50  # steps between two looks at the losses and the clock: the host waits for the device only there
 
@@ -36,22 +35,24 @@ def train(
     config: TrainConfig,
     images: data.Images,
     worker: Worker,
-    report: Callable[[Metrics, Save], None],
+    report: Callable[[Metrics, Snapshot], None],
     resume: Checkpoint | None = None,
     score: Scorer | None = None,
     rungs: Collection[int] = (),
     log: Callable[[Metrics], None] = lambda metrics: None,
-    report_seconds: float = 60.0,
+    ready: Callable[[], bool] = lambda: True,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Trains one DDPM on `images` (the train split) from step 0, or on from `resume`.
 
-    report(metrics, save) is called on every rank: at each of `rungs` (epochs, from 1), at the last epoch, and between
-    two steps where `report_seconds` have passed since the last. save(folder) writes a checkpoint of that moment.
+    report(metrics, snapshot) is called on every rank: at each of `rungs` (epochs, from 1), at the last epoch, and after
+    checkpoint_seconds and checkpoint_epochs where ready() (asked on rank 0: whether a checkpoint can be stored now).
+    snapshot(), to be called before report returns, is the training of that moment, apart from what goes on.
     At rungs and at the last epoch `score` is called on rank 0; where there are several EMA decays, the last epoch
     scores each and the best becomes the model. log(metrics) is called on rank 0 at the end of every epoch. Where
     stop() becomes true (asked on rank 0, in a process of its own between any two steps), a checkpoint is reported.
-    Raises TrainingFailedError on every rank where a loss is not finite, and InterruptedTrainingError after stop().
+    Raises TrainingFailedError on every rank where a loss is not finite, WorkerFailedError where this rank's memory is
+    too small or another rank does not answer, and InterruptedTrainingError after stop().
     """
     num_images, device = len(images), worker.device
     if config.batch_size > num_images:
@@ -60,7 +61,8 @@ def train(
         )
 
     # A training as new, or as it was.
-    advance = TrainStep(config, images, worker)
+    with explained(config, worker):
+        advance = TrainStep(config, images, worker)
     meta: dict[str, Any] = {"step": 0, "epoch": 0, "worker_seconds": 0.0, "ema_decay": config.ema_decays[0]}
     losses = norms = torch.zeros(0)
     if resume is not None:
@@ -72,10 +74,19 @@ def train(
 
     def hand_over(metrics: Metrics) -> None:
         nonlocal reported_at
+
+        def snapshot() -> Checkpoint:
+            state = advance.state() | {"losses": losses, "norms": norms}
+            kept = {name: value for name, value in metrics.items() if name != "samples"}
+            return Checkpoint({**meta, "metrics": kept}, _apart(state))
+
+        report(metrics, snapshot)
         reported_at = time.monotonic()
-        state = advance.state() | {"losses": losses.clone(), "norms": norms.clone()}
-        kept = {name: value for name, value in metrics.items() if name != "samples"}
-        report(metrics, functools.partial(checkpoint.save, state=state, meta={**meta, "metrics": kept}))
+
+    def is_due(ended_epoch: int) -> bool:
+        late = config.checkpoint_seconds is not None and time.monotonic() - reported_at > config.checkpoint_seconds
+        counted = config.checkpoint_epochs is not None and ended_epoch and ended_epoch % config.checkpoint_epochs == 0
+        return bool(late or counted) and ready()
 
     for epoch in range(meta["epoch"] + 1, config.epochs + 1):
         learning_rate = config.learning_rate * config.lr_decay ** ((epoch - 1) // config.lr_decay_epochs)
@@ -88,13 +99,15 @@ def train(
         while meta["step"] < last_step:
             chunk_began = time.monotonic()
             done = []
-            for step in range(meta["step"], min(meta["step"] + CHECK_STEPS, last_step)):
-                done.append(torch.stack(advance(step)))
-                asked = worker.rank == 0 and stop()
-                if asked and worker.world_size == 1:
-                    break
-            late = worker.rank == 0 and time.monotonic() - reported_at > report_seconds
-            due, stopped = _agree(done, [late, asked], worker)
+            with explained(config, worker):
+                for step in range(meta["step"], min(meta["step"] + CHECK_STEPS, last_step)):
+                    done.append(torch.stack(advance(step)))
+                    asked = worker.rank == 0 and stop()
+                    if asked and worker.world_size == 1:
+                        break
+                ended_epoch = epoch if meta["step"] + len(done) == last_step else 0
+                late = worker.rank == 0 and is_due(ended_epoch)
+                due, stopped = _agree(done, [late, asked], worker)
             values = torch.stack(done).cpu()
             _refuse_non_finite(torch.cat([losses[-1:], values[:, 0]]).numpy(), meta["step"] + len(done), epoch)
             losses, norms = torch.cat([losses, values[:, 0]]), torch.cat([norms, values[:, 1]])
@@ -132,14 +145,17 @@ def train(
             raise InterruptedTrainingError
 
 
-def failure_reason(error: Exception) -> str:
-    """An error as the trials table says it."""
-    ours = isinstance(error, TrainingFailedError | WorkerFailedError)
-    return str(error) if ours else f"{type(error).__name__}: {error}"
-
-
 def _progress(meta: dict[str, Any], rung: bool) -> Metrics:
     return {"rung": rung} | {name: meta[name] for name in ("epoch", "step", "worker_seconds")}
+
+
+def _apart(state: Any) -> Any:
+    """A copy on the CPU: training goes on in what was copied."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: _apart(value) for name, value in state.items()}
+    return [_apart(value) for value in state] if isinstance(state, list) else state
 
 
 def _agree(done: list[torch.Tensor], flags: list[bool], worker: Worker) -> list[bool]:

@@ -1,24 +1,29 @@
 """Ray Train around the training loop: one worker group a training, checkpoints in the run's storage."""
 
 import os
-import tempfile
 import traceback
 from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import ray.train
+import ray.train.collective
 import ray.train.torch
 import torch
+from ray.train import CheckpointUploadMode
 from ray.train.v2.api.callback import UserCallback
 
 from trainer import checkpoint, data, loop
 from trainer.config import TrainConfig
 from trainer.event_log import EventLog
-from trainer.local import checkpoint_name
+from trainer.failures import TrainingFailedError, WorkerFailedError, failure_reason
 from trainer.storage import Storage
+from trainer.upload import Uploader, checkpoint_name
 
 MAX_WORKER_FAILURES = 3
+# Ray 2.60 looks at which nodes there are every 20 s. A group that it starts before it knows of a loss finds no place
+# for all its workers, gives up after this long, and is started again with as many as there is place for.
+ELASTIC_START_SECONDS = 30
 
 
 def fit(
@@ -29,13 +34,17 @@ def fit(
     rungs: Collection[int] = (),
     callbacks: Collection[UserCallback] = (),
     use_gpu: bool = False,
-    report_seconds: float = 60.0,
 ) -> dict[str, Any]:
     """Trains in `config.workers` processes and returns the last reported metrics.
 
     Checkpoints go to RUN/train/<name>; the same name goes on from the newest whole one there. A worker that dies
-    is replaced, up to three times. Metrics hold `failure` where training cannot go on: see TrainingFailedError.
+    is replaced, up to three times; where its node is lost and min_workers allows it, the others go on without it.
+    Metrics hold `failure` where training cannot go on: see TrainingFailedError.
     """
+    elastic = config.min_workers is not None and config.min_workers < config.workers
+    num_workers = (config.min_workers, config.workers) if elastic else config.workers
+    if elastic:
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(ELASTIC_START_SECONDS)
     trainer = ray.train.torch.TorchTrainer(
         _train_on_worker,
         train_loop_config={
@@ -44,17 +53,17 @@ def fit(
             "run": run.uri,
             "score": score,
             "rungs": sorted(rungs),
-            "report_seconds": report_seconds,
         },
         torch_config=ray.train.torch.TorchConfig(timeout_s=config.hang_seconds),
-        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=use_gpu, placement_strategy="PACK"),
+        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, placement_strategy="PACK"),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=run.at("train").root,
             storage_filesystem=run.fs,
             callbacks=list(callbacks),
-            failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=3),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            failure_config=ray.train.FailureConfig(
+                max_failures=MAX_WORKER_FAILURES, controller_failure_limit=10 if elastic else 3
+            ),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -70,7 +79,13 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
-    found = checkpoint.latest(run.at("train", setup["name"])) if ray.train.get_checkpoint() else None
+    checkpoints = run.at("train", setup["name"])
+    found = checkpoint.latest(checkpoints) if worker.rank == 0 else None
+    # The same for all: a worker that is cut off from the others may be storing one while these look.
+    newest = ray.train.collective.broadcast_from_rank_zero(found[1].meta["step"] if found else None)
+    if newest is not None and found is None:
+        folder = checkpoints.at(checkpoint_name(newest))
+        found = folder, checkpoint.load(folder)
     resume = found[1] if found else None
     first_epoch = resume.meta["epoch"] + 1 if resume else 1
     event_log = EventLog(run.at("tensorboard", setup["name"]), config, first_epoch) if worker.rank == 0 else None
@@ -80,36 +95,45 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
         samples: np.ndarray | None = metrics.pop("samples", None)
         event_log(metrics, samples)
 
-    def report(metrics: loop.Metrics, save: loop.Save) -> None:
-        if worker.rank:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory(prefix="ddpm-search-") as folder:
-            save(Storage(folder))
-            ray.train.report(
-                metrics,
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=checkpoint_name(metrics),
-            )
+    uploader = Uploader(checkpoints)
+
+    def tell(metrics: loop.Metrics, folder: Storage | None = None) -> None:
+        """To be called on all ranks. Ray Train hears of rungs alone, and stores and deletes nothing."""
+        ray.train.report(
+            metrics,
+            checkpoint=ray.train.Checkpoint(folder.root, context.get_storage().storage_filesystem) if folder else None,
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    def report(metrics: loop.Metrics, snapshot: loop.Snapshot) -> None:
+        stored: list[Storage] = []
+        if worker.rank == 0:
+            uploader.start(snapshot(), then=stored.append)
+            if metrics["rung"]:  # training waits, since here it may be stopped
+                uploader.finish()
+        if metrics["rung"]:
+            tell(metrics, *stored)
 
     try:
-        images = data.load(config.data).train
-        loop.train(
-            config,
-            images,
-            worker,
-            report,
-            resume=resume,
-            score=setup["score"],
-            rungs=setup["rungs"],
-            log=log,
-            report_seconds=setup["report_seconds"],
-        )
+        if found and found[1].meta["metrics"]["rung"]:
+            tell(found[1].meta["metrics"], found[0] if worker.rank == 0 else None)  # it may not have been heard of
+        with uploader:
+            loop.train(
+                config,
+                data.load(config.data).train,
+                worker,
+                report,
+                resume=resume,
+                score=setup["score"],
+                rungs=setup["rungs"],
+                log=log,
+                ready=uploader.ready,
+            )
     except Exception as error:
         # What every rank meets, and would meet again, is reported. Anything else ends this worker: Ray Train then ends
         # the others and starts all of them again, up to three times (a hung worker, a storage that is gone).
-        everywhere = isinstance(error, loop.TrainingFailedError)
+        everywhere = isinstance(error, TrainingFailedError) and not isinstance(error, WorkerFailedError)
         if not everywhere and (worker.world_size > 1 or isinstance(error, OSError)):
             raise
         traceback.print_exc()
-        ray.train.report({"failure": loop.failure_reason(error), "rung": True})
+        ray.train.report({"failure": failure_reason(error), "rung": True})

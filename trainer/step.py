@@ -1,7 +1,6 @@
 """One training step: the model, its averages, its optimiser, and everything random from (seed, step)."""
 
 import contextlib
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,27 +8,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer import data, model, schedules
+from trainer import data, model, schedules, speed
 from trainer.config import TrainConfig
 from trainer.diffusion import Diffusion, epsilon_mse
 from trainer.ema import EMA
-
-
-@dataclass(frozen=True)
-class Worker:
-    """One of the processes that train one model together."""
-
-    device: torch.device
-    rank: int = 0
-    world_size: int = 1
-
-
-class TrainingFailedError(Exception):
-    """Training cannot go on, for a reason that a retry would meet again. The message is that reason."""
-
-
-class WorkerFailedError(Exception):
-    """This worker cannot go on; others may not know of it."""
+from trainer.failures import Worker
 
 
 class Denoiser(nn.Module):
@@ -53,53 +36,49 @@ class TrainStep:
     def __init__(self, config: TrainConfig, images: data.Images, worker: Worker):
         self.config, self.worker, self.shape = config, worker, images.shape
         device = worker.device
-        speed = config.speed
-        on_gpu = device.type == "cuda"
+        steps = data.epoch_end(config.epochs, len(images), config.batch_size)
+        self.switches = speed.decide(config.speed, device, worker.world_size, steps)
         self.network = model.build(config.model, images.shape, config.dropout, config.seed).to(device).train()
-        if speed.channels_last:
+        if self.switches.channels_last:
             self.network.to(memory_format=torch.channels_last)
         self.emas = [EMA(self.network, decay) for decay in config.ema_decays]
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=config.learning_rate, fused=speed.fused_adam)
-        self.diffusion = Diffusion(schedules.betas(**config.schedule.model_dump()))
-        bf16 = speed.bf16 if speed.bf16 != "auto" else on_gpu
-        # No cast is kept between steps: a kept one would outlive the CUDA graph that made it.
-        self._autocast: Any = (
-            (lambda: torch.autocast(device.type, torch.bfloat16, cache_enabled=False))
-            if bf16
-            else contextlib.nullcontext
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=config.learning_rate, fused=self.switches.fused_adam
         )
+        self.diffusion = Diffusion(schedules.betas(**config.schedule.model_dump()))
         first = worker.rank * config.batch_size // worker.world_size
         self._mine = slice(first, (worker.rank + 1) * config.batch_size // worker.world_size)
         self._pixels = _resident(images.pixels, device)
         self._denoise = self._fastest_denoiser()
 
-    def _fastest_denoiser(self) -> nn.Module:
-        speed, worker = self.config.speed, self.worker
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        # No cast is kept between steps: a kept one would outlive the CUDA graph that made it.
+        device = self.worker.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.switches.bf16, cache_enabled=False)
+
+    def _fastest_denoiser(self) -> Any:
+        worker, own = self.worker, self._mine.stop - self._mine.start
+        size = min(self.config.micro_batch or own, own)
+        inputs = []
+        for count in {size, own % size} - {0}:  # the last part of a batch may be smaller
+            x_t = self._in_format(torch.randn(count, *self.shape, device=worker.device))
+            inputs.append((x_t, torch.zeros(count, dtype=torch.int64, device=worker.device)))
         denoise: Any = Denoiser(self.network)
-        if speed.compile:
-            denoise = torch.compile(denoise)
+        if self.switches.compile:
+            denoise = speed.compiled(denoise, inputs, self._autocast)
         if worker.world_size > 1:
             return DistributedDataParallel(denoise)
-        graphs = speed.cuda_graphs if speed.cuda_graphs != "auto" else not speed.compile
-        if worker.device.type == "cuda" and graphs:
-            size = self.config.micro_batch or self.config.batch_size
-            if self.config.batch_size % size:
-                return denoise  # a graph has one shape, and the last part of a batch would have another
-            x_t = torch.randn(size, *self.shape, device=worker.device)
-            if speed.channels_last:
-                x_t = x_t.contiguous(memory_format=torch.channels_last)
-            t = torch.zeros(size, dtype=torch.int64, device=worker.device)
-            try:
-                with self._autocast():
-                    denoise = torch.cuda.make_graphed_callables(denoise, (x_t, t))
-            except RuntimeError as error:
-                print(f"no CUDA graph of the model, going on without: {error}", flush=True)
+        if self.switches.cuda_graphs and worker.device.type == "cuda":
+            denoise = speed.graphed(denoise, inputs, self._autocast)
         return denoise
+
+    def _in_format(self, x: torch.Tensor) -> torch.Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if self.switches.channels_last else x
 
     def __call__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Advances by step `step`, counted from 0: (its part of the batch's loss, gradient norm), on the device.
 
-        Nothing in here waits for the device. Raises WorkerFailedError where its memory is too small.
+        Nothing in here waits for the device.
         """
         config, worker, device = self.config, self.worker, self.worker.device
         # Everything random comes from (seed, step), for the whole batch: no rank, restart or size of part changes it.
@@ -119,15 +98,9 @@ class TrainStep:
         for first in range(0, len(x_0), size):
             part = slice(first, first + size)
             last = first + size >= len(x_0)
-            try:
-                with contextlib.nullcontext() if last else self._no_sync():
-                    loss = self._loss(x_0[part], t[part], noise[part])
-                    (loss * worker.world_size).backward()  # DDP averages over ranks what is a sum
-            except torch.OutOfMemoryError as error:
-                raise WorkerFailedError(
-                    f"the GPU's memory is too small for {min(size, len(x_0))} images at once (batch_size "
-                    f"{config.batch_size}, {worker.world_size} workers); set train.micro_batch={max(1, size // 2)}"
-                ) from error
+            with contextlib.nullcontext() if last else self._no_sync():
+                loss = self._loss(x_0[part], t[part], noise[part])
+                (loss * worker.world_size).backward()  # DDP averages over ranks what is a sum
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), config.gradient_clip)
         self.optimizer.step()
@@ -137,9 +110,7 @@ class TrainStep:
 
     def _loss(self, x_0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """These images' share of the mean over the whole batch."""
-        x_t = self.diffusion.q_sample(x_0, t, noise)
-        if self.config.speed.channels_last:
-            x_t = x_t.contiguous(memory_format=torch.channels_last)
+        x_t = self._in_format(self.diffusion.q_sample(x_0, t, noise))
         with self._autocast():
             predicted = self._denoise(x_t, t)
         return epsilon_mse(predicted, noise).sum() / self.config.batch_size

@@ -1,0 +1,106 @@
+"""How a training fails: too little memory and silent workers, both of them real, end it with what to do."""
+
+import os
+import re
+import resource
+import signal
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_loop import CPU, TINY, toy_images
+
+from trainer import loop
+from trainer.config import TrainConfig
+from trainer.data import Images
+from trainer.failures import Worker, WorkerFailedError, explained, failure_reason
+
+pytestmark = pytest.mark.slow
+HANG_SECONDS = 3
+
+
+def out_of_memory(_: int, folder: str) -> None:
+    torch.set_num_threads(1)
+
+    def train(batch_size: int, micro_batch: int | None) -> None:  # one step
+        images = Images(np.zeros((batch_size, 32, 32, 1), np.uint8), None)
+        settings = {"batch_size": batch_size, "micro_batch": micro_batch, "epochs": 1}
+        loop.train(TINY.model_copy(update=settings), images, CPU, lambda metrics, snapshot: None)
+
+    train(4, 2)  # every library that is loaded late is loaded now
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 300 * 2**20, resource.RLIM_INFINITY))
+    micro_batch: int | None = None
+    said = []
+    while True:
+        try:
+            train(2048, micro_batch)
+            break
+        except loop.TrainingFailedError as error:
+            said.append(failure_reason(error))
+            found = re.search(r"set train.micro_batch to (\d+)", said[-1])
+            assert found, said
+            micro_batch = int(found[1])
+    Path(folder, "said").write_text("\n".join(said))
+
+
+def test_too_little_memory_says_the_batch_and_a_micro_batch_that_leads_to_one_that_fits(tmp_path):
+    mp.spawn(out_of_memory, (str(tmp_path),), nprocs=1)
+    said = (tmp_path / "said").read_text().splitlines()
+    assert said[0].startswith("memory is too small for 2048 images at once (train.batch_size=2048, ")
+    assert "set train.micro_batch to 1024 (" in said[0]
+    assert len(said) < 11, "no batch but one image at once fitted"
+
+
+def test_one_image_that_does_not_fit_asks_for_a_smaller_model():
+    with (
+        pytest.raises(WorkerFailedError, match=r"1 image at once .* smaller train.model"),
+        explained(TINY.model_copy(update={"micro_batch": 1}), CPU),
+    ):
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+def silent_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=HANG_SECONDS),
+    )
+    stopped: list[float] = []
+
+    def report(metrics: loop.Metrics, snapshot: Any) -> None:
+        stopped.append(time.monotonic())
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    config: TrainConfig = TINY.model_copy(update={"hang_seconds": HANG_SECONDS})
+    try:
+        loop.train(config, toy_images(), Worker(torch.device("cpu"), rank, 2), report, rungs=[1])
+    except WorkerFailedError as error:
+        Path(folder, f"rank{rank}").write_text(f"{time.monotonic() - stopped[0]} {error}")
+
+
+def test_a_worker_that_stops_within_a_step_is_given_up_after_hang_seconds(tmp_path):
+    context = mp.get_context("spawn")
+    ranks = [context.Process(target=silent_worker, args=(rank, str(tmp_path))) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    try:
+        ranks[0].join(timeout=60)
+        seconds, said = (tmp_path / "rank0").read_text().split(" ", 1)
+        assert HANG_SECONDS - 0.5 < float(seconds) < HANG_SECONDS + 5
+        assert "another worker did not answer: it died, or it hung for longer than train.hang_seconds=3" in said
+        assert not (tmp_path / "rank1").exists()
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()

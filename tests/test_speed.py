@@ -1,0 +1,103 @@
+"""What makes a step fast, and that none of it changes what is learned: the compiler is the real one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from test_loop import CPU, TINY, toy_images
+from torch import nn
+
+from trainer import model
+from trainer.config import SpeedConfig
+from trainer.speed import COMPILE_STEPS, Switches, decide
+from trainer.step import TrainStep
+
+GPU = torch.device("cuda")
+
+
+def test_on_a_cpu_auto_is_channels_last_and_fused_adam_and_no_more():
+    assert decide(SpeedConfig(), CPU.device, 1, 10**9) == Switches(False, True, True, False, False)
+
+
+def test_on_a_gpu_auto_compiles_for_long_trainings_and_takes_a_graph_for_the_others():
+    short, long = (decide(SpeedConfig(), GPU, 1, steps) for steps in (COMPILE_STEPS - 1, COMPILE_STEPS))
+    assert short == Switches(True, True, True, cuda_graphs=True, compile=False)
+    assert long == Switches(True, True, True, cuda_graphs=False, compile=True)
+    assert not decide(SpeedConfig(), GPU, 2, 1).cuda_graphs
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("device", [CPU.device, GPU])
+def test_what_is_given_is_what_is_done(wanted, device):
+    given = dict.fromkeys(SpeedConfig.model_fields, wanted)
+    assert vars(decide(SpeedConfig(**given), device, 1, COMPILE_STEPS)) == given
+
+
+class SmallNet(nn.Module):
+    """In the U-Net's place, whose hundred kernels take minutes to compile."""
+
+    def __init__(self, *_: Any):
+        super().__init__()
+        torch.manual_seed(0)
+        self.into, self.out = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        return (self.out(nn.functional.silu(self.into(x_t)) * torch.cos(t)[:, None, None, None]),)
+
+
+def compile_in_a_process(_: int, folder: str, name: str) -> None:
+    from torch._dynamo.utils import counters
+
+    torch.set_num_threads(1)
+    model.build = SmallNet  # type: ignore[assignment,misc]
+    losses, graphs = {}, []
+    for compiles in (False, True):
+        config = TINY.model_copy(update={"speed": SpeedConfig(compile=compiles), "micro_batch": 4})
+        advance = TrainStep(config, toy_images(), CPU)  # seven images a step: four at once, and three
+        graphs.append(counters["stats"]["unique_graphs"])
+        losses[str(compiles)] = [advance(step)[0].item() for step in range(8)]
+        graphs.append(counters["stats"]["unique_graphs"])
+    found = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")}
+    Path(folder, name).write_text(json.dumps({"losses": losses, "graphs": graphs, **found}))
+
+
+@pytest.fixture
+def _environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDPM_SEARCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_COMPILE_THREADS", "1"
+    )  # no processes of its own, which start for longer than this
+
+
+def compiled(folder: Path, name: str) -> dict[str, Any]:
+    mp.spawn(compile_in_a_process, (str(folder), name), nprocs=1)
+    return json.loads((folder / name).read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_environment")
+def test_compiling_changes_only_rounding_and_is_done_once_a_node(tmp_path):
+    first, second = (compiled(tmp_path, name) for name in ("first", "second"))
+    for process in (first, second):
+        assert process["losses"]["True"] == pytest.approx(process["losses"]["False"], rel=1e-5)
+        before, after = process["graphs"][2:]
+        assert before == after > 0, "a step waited for the compiler"
+    assert first["miss"] > 0
+    assert second["miss"] == 0
+    assert second["hit"] > 0
+    assert any((tmp_path / "cache" / "compiled").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_environment")
+def test_where_compiling_fails_training_goes_on_as_without_and_one_line_says_why(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    found = compiled(tmp_path, "none")
+    assert found["losses"]["True"] == found["losses"]["False"]
+    lines = [line for line in capfd.readouterr().out.splitlines() if "torch.compile" in line]
+    assert len(lines) == 1
+    assert "torch.compile failed, going on without" in lines[0]
+    assert "No working C++ compiler" in lines[0]

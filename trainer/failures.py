@@ -1,0 +1,65 @@
+"""What ends a training, said so that a user knows what to do."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from trainer.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One of the processes that train one model together."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+
+class TrainingFailedError(Exception):
+    """Training cannot go on, for a reason that every worker meets and a retry would meet again."""
+
+
+class WorkerFailedError(TrainingFailedError):
+    """This worker cannot go on; others may not know of it."""
+
+
+def failure_reason(error: Exception) -> str:
+    """An error as the trials table says it."""
+    return str(error) if isinstance(error, TrainingFailedError) else f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def explained(config: TrainConfig, worker: Worker) -> Iterator[None]:
+    """Around steps: too little memory, and workers that do not answer, become a WorkerFailedError with a remedy."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        no_memory = ("can't allocate memory", "could not create a primitive")  # PyTorch's and oneDNN's, on CPUs
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in text for said in no_memory):
+            raise WorkerFailedError(_out_of_memory(config, worker)) from error
+        if worker.world_size > 1 and ("Timed out" in text or "closed by peer" in text or "reset by peer" in text):
+            raise WorkerFailedError(
+                f"another worker did not answer: it died, or it hung for longer than train.hang_seconds="
+                f"{config.hang_seconds} ({text.splitlines()[0]})"
+            ) from error
+        raise
+
+
+def _out_of_memory(config: TrainConfig, worker: Worker) -> str:
+    most = -(-config.batch_size // worker.world_size)
+    at_once = min(config.micro_batch or most, most)
+    remedy = (
+        f"set train.micro_batch to {at_once // 2} (gradients are accumulated, and the same is learned)"
+        if at_once > 1
+        else "give a smaller train.model or a smaller train.data.image_size"
+    )
+    memory = "the GPU's memory" if worker.device.type == "cuda" else "memory"
+    images = f"{at_once} image{'s' if at_once > 1 else ''} at once"
+    return (
+        f"{memory} is too small for {images} (train.batch_size={config.batch_size}, "
+        f"train.micro_batch={config.micro_batch}, {worker.world_size} workers); {remedy}"
+    )
