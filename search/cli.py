@@ -38,9 +38,14 @@ def run(
     name: Annotated[str | None, typer.Option(help="The run's name; its folder is STORAGE/NAME.")] = None,
     storage: Annotated[str, typer.Option(help="A folder, or an address such as s3://bucket/folder.")] = "runs",
     address: Address = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with its cost, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Search, draw and score images of the best trials, rank, report, export."""
     from search import config as configuration
+
+    if as_json and not dry_run:
+        raise configuration.UserError("--json prints the plan of --dry-run; a run's results: ddpm-search rank --json")
 
     tree = configuration.read(config, set_ or [])
     if name is not None:
@@ -51,6 +56,13 @@ def run(
     from search.records import storage_at
 
     place = storage_at(storage).at(settings.name)
+    if dry_run:
+        from search.plan import show
+
+        told = Console(stderr=True, highlight=False) if as_json else console
+        plan = pipeline.dry_run(settings, place, pipeline.preflight(settings, told), address, told)
+        print(json.dumps(plan, indent=2)) if as_json else show(plan, console)
+        return
     splits = pipeline.preflight(settings, console)
     pipeline.begin(settings, place)
     console.print(f"Run:            {place.uri}")

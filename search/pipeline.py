@@ -17,11 +17,12 @@ from cluster import capacity, connect
 from evaluation import export, pictures, reference, report, report_figures, stage
 from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
-from evaluation.rung import Metric
+from evaluation.rung import Metric, RungScorer
 from evaluation.sampling import sample_images
-from search import budget, lease, samplers, tuner, watch
+from search import budget, lease, plan, samplers, tuner, watch
 from search.config import SearchConfig, UserError
 from search.records import CONFIG, Records, Row, open_run
+from search.trial import DISK_FULL
 from trainer import checkpoint, data
 from trainer.config import TrainConfig
 from trainer.data import Splits
@@ -95,10 +96,64 @@ def _check_fits(training: TrainConfig, where: str, splits: Splits) -> None:
         )
 
 
+def dry_run(
+    config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console
+) -> dict[str, Any]:
+    """What a run would do and cost, measured in a few steps where a trial would run. Writes nothing into `run`."""
+    with connect.connected(address):
+        cluster = capacity.read()
+        judge, metric, scorer, at_once = _prepare(config, splits, cluster, console)
+        with console.status("timing a few steps"):
+            measured = plan.measure_on_cluster(config, scorer, cluster.use_gpu)
+    images, train = len(splits.train), config.train
+    forecast = plan.forecast(config, measured, images, at_once, sum(cluster.slots()))
+    return plan.describe(config, metric) | {
+        "run": run.uri,
+        "trials": config.trials,
+        "trials_at_once": at_once,
+        "epochs": train.epochs,
+        "steps": data.epoch_end(train.epochs, images, train.batch_size),
+        "rungs": config.rung_epochs(),
+        "metric": metric,
+        "measured": dataclasses.asdict(measured),
+        "forecast": forecast if judge else forecast | {"final_stage_hours": 0.0},
+        "free_bytes": plan.free_bytes(run),
+        "warning": plan.shortage(forecast["disk_bytes"], run),
+    }
+
+
+def _prepare(
+    config: SearchConfig, splits: Splits, cluster: capacity.Capacity, console: Console
+) -> tuple[Reference | None, Metric, RungScorer, int]:
+    """What judges the images, what trials are stopped by, what scores a rung, and how many trials run at once."""
+    try:
+        at_once = cluster.trials_at_once(config.train.workers)
+        judge = _reference(config, splits, console)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    metric = choose_metric(config, judge, console)
+    settings = config.early_stopping
+    return judge, metric, reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric), at_once
+
+
 def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
     """Does whatever of a run is not done yet. Raises KeyboardInterrupt where the user interrupts it."""
-    with lease.held(run):
+    with _full_disk_said(run), lease.held(run):
         _go(config, run, splits, address, console)
+
+
+@contextlib.contextmanager
+def _full_disk_said(run: Storage) -> Iterator[None]:
+    """Raises UserError where there is no room: what is on disk is whole, since every write replaces a whole file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise UserError(
+            f"no room is left at {run.uri} ({error}); what is finished is kept: "
+            f"free some, then: ddpm-search resume {run.uri}"
+        ) from error
 
 
 def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
@@ -109,16 +164,12 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
             console.print(f"Ray dashboard:  http://{ray.dashboard}")
         console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.uri + '/tensorboard')}")
         cluster = capacity.read()
-        try:
-            at_once = cluster.trials_at_once(config.train.workers)
-            judge = _reference(config, splits, console)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        metric = choose_metric(config, judge, console)
-        settings = config.early_stopping
-        scorer = reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric)
+        judge, metric, scorer, at_once = _prepare(config, splits, cluster, console)
         left = tuner.trials_left(config, records)
         if left:
+            needed = plan.disk_bytes(config, plan.expected_checkpoint_bytes(config, splits.train.shape), at_once)
+            if not len(records) and (warning := plan.shortage(needed, run)):
+                console.print(warning)
             console.print(f"Searching: {left} trials of {config.train.epochs} epochs, {at_once} at once\n")
             view = watch.SearchView(console, records, metric, config.train.epochs, config.trials)
             ended = None

@@ -140,7 +140,7 @@ class Records:
 
     def _put(self, row: Row) -> Row:
         self._rows = {**self._rows, row.trial: row}
-        rows = [dataclasses.asdict(r) | {"settings": json.dumps(r.settings)} for r in self._rows.values()]
+        rows = [vars(r) | {"settings": json.dumps(r.settings)} for r in self._rows.values()]
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
         self.run.write(FILE, buffer.getvalue())

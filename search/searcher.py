@@ -78,7 +78,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
                 suggested, known = super().suggest(trial_id), False
                 assert suggested is not None
                 params = suggested
-            row = self._new_row(params, known)
+            row = self.new_row(params, known)
             self.records.add(row)
             if row.state == "running":
                 return self._start(trial_id, row)
@@ -127,7 +127,8 @@ class HonestOptunaSearch(Live, OptunaSearch):
         training = space.train_config(self.config, dataclasses.asdict(row))
         return {"trial": row.trial, "train": training.model_dump(mode="json")}
 
-    def _new_row(self, params: space.Params, known: bool) -> Row:
+    def new_row(self, params: space.Params, known: bool) -> Row:
+        """The row of a configuration: to be trained, or screened, or reused."""
         flat = space.flat(params)
         trial = f"t{len(self.records):04d}-{flat['family']}"
         row = Row(trial=trial, source="known" if known else "suggested", seed=self.config.train.seed, **flat)

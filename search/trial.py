@@ -1,5 +1,6 @@
 """One Tune trial: Ray Train around the training loop, with the rung scorer plugged in."""
 
+import errno
 import os
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from evaluation.rung import RungScorer
 from trainer.config import TrainConfig
 from trainer.storage import Storage
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RungReportCallback(TuneReportCallback):
@@ -80,9 +83,9 @@ def in_reused_process(
                 rungs=rungs,
                 report_seconds=report_seconds,
             )
-        except OSError:
-            raise  # the storage may be back when Tune tries again
         except Exception as error:
+            if isinstance(error, OSError) and error.errno not in DISK_FULL:
+                raise  # the storage may be back when Tune tries again
             traceback.print_exc()
             tune.report({"failure": loop.failure_reason(error), "rung": True})
         finally:

@@ -17,8 +17,9 @@ from search import trial
 from search.budget import Budget
 from search.config import SearchConfig
 from search.early_stopping import RungScheduler
-from search.records import Live, Records
+from search.records import Live, Records, Row
 from search.searcher import HonestOptunaSearch
+from trainer import checkpoint
 from trainer.storage import Storage
 
 JOURNAL = "study.journal"
@@ -55,7 +56,7 @@ def search(
     os.environ |= TUNE_ENVIRONMENT
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     journal = _fresh_journal(run)
-    watcher = _Watcher(run, journal, changed, budget)
+    watcher = _Watcher(run, records, journal, changed, budget)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
     searcher = HonestOptunaSearch(config, metric, records, storage, budget)
     if spent := budget.spent():
@@ -89,6 +90,7 @@ def search(
         ),
     )
     tuner.fit()
+    watcher.tidy()
     watcher.copy_journal()
     if not trials_left(config, records):
         return f"all {config.trials} trials are done"
@@ -105,11 +107,22 @@ def _fresh_journal(run: Storage) -> Path:
     return folder / JOURNAL
 
 
+def keep_what_is_asked_for(run: Storage, row: Row) -> None:
+    """Deletes the checkpoints of a trial that has ended, but the one that ranking and export take, if there is one."""
+    folder = f"train/{row.trial}"
+    names = [f"{folder}/{name}" for name in checkpoint.names(run.at(folder))]
+    if row.state in ENDED and (row.checkpoint is None or row.checkpoint in names):
+        for name in names:
+            if name != row.checkpoint:
+                run.delete(name)
+
+
 class _Watcher(Live, Callback):
     """Passes Tune's events on, and copies the study where the run is not on a local disk."""
 
-    def __init__(self, run: Storage, journal: Path, changed: Callable[[], None], budget: Budget):
-        self.run, self.journal, self.changed, self.budget = run, journal, changed, budget
+    def __init__(self, run: Storage, records: Records, journal: Path, changed: Callable[[], None], budget: Budget):
+        self.run, self.records, self.journal, self.changed, self.budget = run, records, journal, changed, budget
+        self.ended: set[str] = set()
 
     def copy_journal(self) -> None:
         if not self.run.is_local and self.journal.exists():
@@ -126,10 +139,22 @@ class _Watcher(Live, Callback):
     ) -> None:
         self.changed()
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def tidy(self) -> None:
+        """Once more at the end: a trial that is stopped may write one checkpoint more."""
+        for key in self.ended:
+            with contextlib.suppress(OSError):
+                keep_what_is_asked_for(self.run, self.records[key])
+
+    def _ended(self, key: str) -> None:
+        self.ended.add(key)
+        with contextlib.suppress(OSError):
+            keep_what_is_asked_for(self.run, self.records[key])
         self.changed()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._ended(trial.config["trial"])
         with contextlib.suppress(OSError):  # the study is a copy of the record; the next one will do
             self.copy_journal()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.changed()
+        self._ended(trial.config["trial"])

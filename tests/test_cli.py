@@ -79,6 +79,7 @@ def refused(result: tuple[int, str, str], *parts: str) -> None:
         (("run", "digits", "--storage", "file/below"), ["--storage", "file/below", "cannot be written"]),
         (("run", "digits", "--storage", "/proc/nothing"), ["--storage", "/proc/nothing", "cannot be written"]),
         (("run", "digits", "--storage", ".", "--name", "file"), ["--storage", "file", "cannot be written"]),
+        (("run", "digits", "--json"), ["--json", "--dry-run"]),
         (("train", "digits", "--set", "train.epochz=7"), ["unknown key 'train.epochz'"]),
         (("train", "digits", "--out", "file/below"), ["--out", "file/below", "cannot be written"]),
         (("status", "nothing"), ["no run at nothing", "give the folder"]),
