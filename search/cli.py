@@ -97,7 +97,7 @@ def _go(settings: Any, place: Any, splits: Any, address: str) -> None:
 def status(path: RunPath, as_json: Json = False) -> None:
     """The trials of a run, while it works and after."""
     from search import watch
-    from search.records import read_run
+    from search.records import read_ranking, read_run
 
     settings, place, records = read_run(path)
     rows = list(records)
@@ -111,8 +111,8 @@ def status(path: RunPath, as_json: Json = False) -> None:
         judged = any(rung["frechet"] is not None for row in rows for rung in row.rungs)
         metric = "frechet" if judged or not any(row.rungs for row in rows) else "grid_loss"
     console.print(watch.trials_table(rows, metric, settings["train"]["epochs"]))
-    if place.exists("ranking.json"):
-        console.print("", watch.ranking_table(place.read_json("ranking.json")))
+    if ranking := read_ranking(place):
+        console.print("", watch.ranking_table(ranking))
 
 
 @app.command()
@@ -136,14 +136,13 @@ def rank(path: RunPath, as_json: Json = False) -> None:
     """The ranking, with confidence intervals and ties."""
     from search import watch
     from search.config import UserError
-    from search.records import storage_at
+    from search.records import read_ranking, storage_at
 
-    place = storage_at(path)
-    if not place.exists("ranking.json"):
+    ranking = read_ranking(storage_at(path))
+    if ranking is None:
         raise UserError(
             f"no ranking at {path}: draw and score the best trials' images with: ddpm-search evaluate {path}"
         )
-    ranking = place.read_json("ranking.json")
     if as_json:
         print(json.dumps(ranking, indent=2))
     else:

@@ -313,6 +313,12 @@ def _set(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not valid YAML: {error}") from error
+    for part in value if isinstance(value, list) else [value]:
+        for key_read in part if isinstance(part, dict) else ():
+            if part[key_read] is None and ":" in str(key_read):
+                raise UserError(
+                    f"--set {override}: YAML wants a space after a colon: {str(key_read).replace(':', ': ')}"
+                )
     if last.endswith("+"):
         _append(node, last.removesuffix("+"), value, key)
     else:

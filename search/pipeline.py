@@ -21,7 +21,7 @@ from evaluation.rung import Metric, RungScorer
 from evaluation.sampling import sample_images
 from search import budget, lease, plan, samplers, tuner, watch
 from search.config import SearchConfig, UserError
-from search.records import CONFIG, Records, Row, open_run
+from search.records import CONFIG, RANKING, Records, Row, open_run, read_ranking
 from search.trial import DISK_FULL
 from trainer import checkpoint, data
 from trainer.config import TrainConfig
@@ -29,7 +29,7 @@ from trainer.data import Splits
 from trainer.data_cache import cache_folder
 from trainer.storage import Storage
 
-RANKING, REPORT = "ranking.json", "report/index.html"
+REPORT = "report/index.html"
 SAMPLES = 64
 
 
@@ -220,7 +220,7 @@ def finish(
     config: SearchConfig, run: Storage, records: Records, judge: Reference | None, splits: Splits, console: Console
 ) -> None:
     """Report, export and samples of the winner, from what the final stage left."""
-    ranked = run.read_json(RANKING) if run.exists(RANKING) else None
+    ranked = read_ranking(run)
     if ranked:
         console.print(watch.ranking_table(ranked), "")
     write_report(config, run, records, judge, splits, ranked)
@@ -360,7 +360,7 @@ def report_again(path: str, console: Console) -> None:
     """The report of a run, from what is on disk."""
     config, run, records = open_run(path)
     splits = preflight(config, console)
-    ranked = run.read_json(RANKING) if run.exists(RANKING) else None
+    ranked = read_ranking(run)
     judge = _reference(config, splits, console) if ranked else None
     write_report(config, run, records, judge, splits, ranked)
     console.print(f"Report:   {run.uri}/{REPORT}")
@@ -369,7 +369,7 @@ def report_again(path: str, console: Console) -> None:
 def export_again(path: str, trial: str | None, out: Path, console: Console) -> None:
     """A trial's export, the winner's where none is named."""
     config, run, records = open_run(path)
-    ranked = run.read_json(RANKING) if run.exists(RANKING) else None
+    ranked = read_ranking(run)
     known = [row.trial for row in records]
     if trial is None:
         if ranked is None:

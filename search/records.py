@@ -15,7 +15,7 @@ import yaml
 from search.config import SearchConfig, UserError, parse
 from trainer.storage import Storage
 
-CONFIG = "config.yaml"
+CONFIG, RANKING = "config.yaml", "ranking.json"
 FILE = "trials.parquet"
 State = Literal["running", "completed", "stopped", "screened", "reused", "failed"]
 RUNG_METRICS = ("frechet", "score", "grid_loss")
@@ -173,6 +173,20 @@ def read_run(path: str) -> tuple[dict[str, Any], Storage, Records]:
             f"no run at {path}: its {CONFIG} is not a run's; give the folder that `ddpm-search run` printed"
         )
     return tree, run, records
+
+
+def read_ranking(run: Storage) -> dict[str, Any] | None:
+    """ranking.json, or None before the final stage. Raises UserError where it is damaged."""
+    if not run.exists(RANKING):
+        return None
+    try:
+        found = run.read_json(RANKING)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        found = error
+    if not isinstance(found, dict) or "trials" not in found:
+        what = f": {found}" if isinstance(found, Exception) else ""
+        raise UserError(f"{RANKING} of {run.uri} is damaged{what}; write it anew: ddpm-search evaluate {run.uri}")
+    return found
 
 
 def open_run(path: str) -> tuple[SearchConfig, Storage, Records]:

@@ -107,6 +107,8 @@ def refused(result: tuple[int, str, str], *parts: str) -> None:
         (("schedule", "compare", "sigmoid:3:3"), ["use start=0, end=3"]),
         (("schedule", "compare", "--out", "file/x.png"), ["--out file/x.png", "cannot be written"]),
         (("schedule", "plot", "--family", "cosine", "--start", "0", "--end", "1", "--out", "file/x.png"), ["--out"]),
+        (("schedule", "plot", "--family", "cosine", "--start", "0", "--end", "1", "--out", "x.svg"), [".png", "x.svg"]),
+        (("schedule", "compare", "--out", "x"), ["must end in .png", "but is x"]),
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -139,6 +141,13 @@ def test_what_a_run_does_not_have_yet_is_said(command, run_folder):
     refused(command("export", run, "--out", "x"), "no ranking", "--trial")
     refused(command("export", run, "--out", "x", "--trial", "t9"), "t9 is not in this run", "t0000-cosine, t0001")
     refused(command("export", run, "--out", "x", "--trial", "t0001-cosine"), "no checkpoint", "ddpm-search status")
+
+
+@pytest.mark.parametrize("content", ['{"tri', "[]", '{"a": 1}', "\xff"])
+def test_a_damaged_ranking_is_said(command, run_folder, content):
+    (run_folder / "ranking.json").write_bytes(content.encode("latin-1"))
+    for verb in (("rank",), ("status",), ("export", "--out", "x")):
+        refused(command(verb[0], str(run_folder), *verb[1:]), "ranking.json", "is damaged", "ddpm-search evaluate")
 
 
 def test_a_ranking_without_a_winner_exports_nothing(command, run_folder):

@@ -74,6 +74,8 @@ def test_a_config_written_out_is_read_back_the_same():
         ("=1", ["--set", "a.b=value", "'=1'"]),
         ("train..epochs=1", ["--set", "a.b=value", "'train..epochs=1'"]),
         ("train.epochs=[1", ["--set train.epochs=[1", "not valid YAML"]),
+        ("known_points+={family:linear}", ["space after a colon", "family: linear"]),
+        ("known_points=[{family:linear}]", ["space after a colon", "family: linear"]),
         ("early_stopping+=3", ["'early_stopping'", "no list", "use early_stopping=…"]),
     ],
 )
