@@ -96,7 +96,7 @@ def _go(settings: Any, place: Any, splits: Any, address: str) -> None:
 @app.command()
 def status(path: RunPath, as_json: Json = False) -> None:
     """The trials of a run, while it works and after."""
-    from search import watch
+    from search import budget, watch
     from search.records import read_ranking, read_run
 
     settings, place, records = read_run(path)
@@ -111,6 +111,8 @@ def status(path: RunPath, as_json: Json = False) -> None:
         judged = any(rung["frechet"] is not None for row in rows for rung in row.rungs)
         metric = "frechet" if judged or not any(row.rungs for row in rows) else "grid_loss"
     console.print(watch.trials_table(rows, metric, settings["train"]["epochs"]))
+    if ended := budget.read(place).get("ended"):
+        console.print(f"The search ended: {ended}.")
     if ranking := read_ranking(place):
         console.print("", watch.ranking_table(ranking))
 

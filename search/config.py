@@ -91,6 +91,18 @@ class SpaceConfig(Config):
             for family, own in named.items()
         }
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _named_in_full(cls, settings: Any) -> Any:
+        """{model: {channels: […]}} is {model.channels: […]}: so --set space.train.model.channels=[…] gives it."""
+        if not isinstance(settings, dict):
+            return settings
+        named: dict[str, Any] = {}
+        for name, value in settings.items():
+            inner = cls._named_in_full(value)
+            named |= {f"{name}.{k}": v for k, v in inner.items()} if isinstance(inner, dict) else {name: value}
+        return named
+
     @model_validator(mode="after")
     def _keeps_the_laws(self) -> "SpaceConfig":
         for family, own in self.families.items():
@@ -348,6 +360,8 @@ def explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}: {message}" if where and not message.startswith(where) else message
+    if error["type"] == "tuple_type":
+        message = "must be a list"
     if NUMBER in error["loc"]:
         message = "must be a number, or a range {low: …, high: …, log: true or false}"
     if error["type"] == "string_pattern_mismatch":

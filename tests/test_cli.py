@@ -190,6 +190,11 @@ def test_status_prints_every_trial_best_first(command, run_folder):
     assert "was 2 of 2" in lines[2]
 
 
+def test_status_says_why_the_search_ended(command, run_folder):
+    (run_folder / "search.json").write_text('{"seconds": 12.5, "ended": "all 12 trials are done"}')
+    assert "The search ended: all 12 trials are done." in command("status", str(run_folder))[1]
+
+
 def test_status_works_before_the_first_trial(command, run_folder):
     (run_folder / "trials.parquet").unlink()
     status, out, _ = command("status", str(run_folder), "--json")
