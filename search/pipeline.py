@@ -19,10 +19,9 @@ from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
 from evaluation.rung import Metric, RungScorer
 from evaluation.sampling import sample_images
-from search import budget, lease, plan, samplers, tuner, watch
+from search import budget, disk, lease, plan, samplers, tuner, watch
 from search.config import SearchConfig, UserError
 from search.records import CONFIG, RANKING, Records, Row, open_run, read_ranking
-from search.trial import DISK_FULL
 from trainer import checkpoint, data
 from trainer.config import TrainConfig
 from trainer.data import Splits
@@ -117,8 +116,8 @@ def dry_run(
         "metric": metric,
         "measured": dataclasses.asdict(measured),
         "forecast": forecast if judge else forecast | {"final_stage_hours": 0.0},
-        "free_bytes": plan.free_bytes(run),
-        "warning": plan.shortage(forecast["disk_bytes"], run),
+        "free_bytes": disk.free_bytes(run),
+        "warning": disk.shortage(forecast["disk_bytes"], run),
     }
 
 
@@ -138,22 +137,8 @@ def _prepare(
 
 def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
     """Does whatever of a run is not done yet. Raises KeyboardInterrupt where the user interrupts it."""
-    with _full_disk_said(run), lease.held(run):
+    with disk.full_disk_said(run), lease.held(run):
         _go(config, run, splits, address, console)
-
-
-@contextlib.contextmanager
-def _full_disk_said(run: Storage) -> Iterator[None]:
-    """Raises UserError where there is no room: what is on disk is whole, since every write replaces a whole file."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise UserError(
-            f"no room is left at {run.uri} ({error}); what is finished is kept: "
-            f"free some, then: ddpm-search resume {run.uri}"
-        ) from error
 
 
 def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
@@ -167,8 +152,8 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         judge, metric, scorer, at_once = _prepare(config, splits, cluster, console)
         left = tuner.trials_left(config, records)
         if left:
-            needed = plan.disk_bytes(config, plan.expected_checkpoint_bytes(config, splits.train.shape), at_once)
-            if not len(records) and (warning := plan.shortage(needed, run)):
+            needed = disk.disk_bytes(config, disk.expected_checkpoint_bytes(config, splits.train.shape), at_once)
+            if not len(records) and (warning := disk.shortage(needed, run)):
                 console.print(warning)
             console.print(f"Searching: {left} trials of {config.train.epochs} epochs, {at_once} at once\n")
             view = watch.SearchView(console, records, metric, config.train.epochs, config.trials)

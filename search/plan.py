@@ -1,7 +1,6 @@
 """What a run will cost, before it costs anything: `run --dry-run`, from steps that are really taken."""
 
 import dataclasses
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,10 +16,11 @@ from evaluation.rung import RungScorer
 from evaluation.sampling import sample_images
 from search import space
 from search.config import Range, SearchConfig, Searched
+from search.disk import disk_bytes, size
 from search.records import Records
 from search.searcher import HonestOptunaSearch
 from search.watch import schedule_label
-from trainer import checkpoint, data, local, loop, model, schedules
+from trainer import checkpoint, data, local, loop, schedules
 from trainer.storage import Storage
 
 STEPS_SECONDS = 3.0  # how long training steps are timed
@@ -143,38 +143,6 @@ def forecast(config: SearchConfig, measured: Measured, images: int, at_once: int
     }
 
 
-def disk_bytes(config: SearchConfig, checkpoint_bytes: int, at_once: int) -> int:
-    """Of checkpoints: one of each trial that has ended; of a running one its rungs', two more and one being written."""
-    running = min(at_once, config.trials)
-    of_running = len(config.rung_epochs()) + local.KEPT_CHECKPOINTS + 1
-    return checkpoint_bytes * (config.trials - running + running * of_running)
-
-
-def expected_checkpoint_bytes(config: SearchConfig, shape: tuple[int, int, int]) -> int:
-    """Of weights, their averages and Adam's two moments, in float32: what a checkpoint is but for some kilobytes."""
-    with torch.device("meta"):
-        network = model.build(config.train.model, shape, config.train.dropout, seed=0)
-    return sum(p.numel() for p in network.parameters()) * 4 * (3 + len(config.train.ema_decays))
-
-
-def free_bytes(run: Storage) -> int | None:
-    """Free space where a run is or will be; None where that is no local folder."""
-    if not run.is_local:
-        return None
-    folder = Path(run.root)
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def shortage(needed: int, run: Storage) -> str | None:
-    """A warning where there is less room than a run may need."""
-    free = free_bytes(run)
-    if free is None or needed <= free:
-        return None
-    return f"Warning: this run may need {size(needed)} of disk, but {size(free)} are free at {run.uri}"
-
-
 def describe(config: SearchConfig, metric: str) -> dict[str, Any]:
     """The space, and what becomes of each known point before it is trained. Writes nothing that stays."""
     with tempfile.TemporaryDirectory() as folder:
@@ -193,15 +161,6 @@ def describe(config: SearchConfig, metric: str) -> dict[str, Any]:
 
 def _range(searched: Searched) -> Any:
     return searched.model_dump() if isinstance(searched, Range) else searched
-
-
-def size(count: float) -> str:
-    """1.5 GB"""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def show(plan: dict[str, Any], console: Console) -> None:

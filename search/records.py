@@ -18,6 +18,7 @@ from trainer.storage import Storage
 CONFIG, RANKING = "config.yaml", "ranking.json"
 FILE = "trials.parquet"
 State = Literal["running", "completed", "stopped", "screened", "reused", "failed"]
+ENDED = ("completed", "stopped", "failed")  # of those that were trained
 RUNG_METRICS = ("frechet", "score", "grid_loss")
 
 SCHEMA = pa.schema(

@@ -1,6 +1,5 @@
 """One Tune trial: Ray Train around the training loop, with the rung scorer plugged in."""
 
-import errno
 import os
 import traceback
 from collections.abc import Callable
@@ -10,10 +9,9 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from evaluation.rung import RungScorer
+from search.disk import DISK_FULL
 from trainer.config import TrainConfig
 from trainer.storage import Storage
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RungReportCallback(TuneReportCallback):

@@ -16,10 +16,10 @@ from evaluation.rung import RungScorer
 from search import trial
 from search.budget import Budget
 from search.config import SearchConfig
+from search.disk import keep_what_is_asked_for
 from search.early_stopping import RungScheduler
-from search.records import Live, Records, Row
+from search.records import ENDED, Live, Records
 from search.searcher import HonestOptunaSearch
-from trainer import checkpoint
 from trainer.storage import Storage
 
 JOURNAL = "study.journal"
@@ -29,7 +29,6 @@ TUNE_ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # our record is what a search is resumed from
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-ENDED = ("completed", "stopped", "failed")
 
 
 def trials_left(config: SearchConfig, records: Records) -> int:
@@ -59,9 +58,8 @@ def search(
     watcher = _Watcher(run, records, journal, changed, budget)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
     searcher = HonestOptunaSearch(config, metric, records, storage, budget)
-    if spent := budget.spent():
-        searcher.end(spent)
-        return spent
+    if ended := searcher.over():  # a run that is resumed when there is nothing more to be done
+        return ended
     rungs = config.rung_epochs()
     if config.runner == "reuse":
         run_trial = trial.in_reused_process(run, scorer, rungs, config.report_seconds)
@@ -105,16 +103,6 @@ def _fresh_journal(run: Storage) -> Path:
     for name in (JOURNAL, f"{JOURNAL}.lock"):
         (folder / name).unlink(missing_ok=True)
     return folder / JOURNAL
-
-
-def keep_what_is_asked_for(run: Storage, row: Row) -> None:
-    """Deletes the checkpoints of a trial that has ended, but the one that ranking and export take, if there is one."""
-    folder = f"train/{row.trial}"
-    names = [f"{folder}/{name}" for name in checkpoint.names(run.at(folder))]
-    if row.state in ENDED and (row.checkpoint is None or row.checkpoint in names):
-        for name in names:
-            if name != row.checkpoint:
-                run.delete(name)
 
 
 class _Watcher(Live, Callback):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from ray.tune.error import TuneError
 
 from search import cli
-from search.config import load
+from search.config import UserError, load
+from search.disk import full_disk_said, keep_what_is_asked_for
 from search.records import Records
-from search.tuner import keep_what_is_asked_for
 from trainer import checkpoint, data, local
 from trainer.storage import Storage
 
@@ -115,6 +116,25 @@ def test_a_full_disk_leaves_the_trials_table_as_it_was(disk, row):
         records.add(row("t0001-cosine"))
     assert full.value.errno == errno.ENOSPC
     assert list(Records.load(Storage(folder))) == [row()]
+
+
+def test_a_disk_that_fills_up_within_tune_is_said_with_the_way_on(disk, row):
+    run = Storage(disk(2**20))
+    fill(Path(run.root))
+
+    def work(error: Exception) -> None:
+        with full_disk_said(run):
+            try:
+                Records(run).add(row())
+            except OSError as full:
+                raise error from full
+
+    with pytest.raises(UserError, match="No space left") as said:
+        work(TuneError("as Tune does"))
+    assert f"ddpm-search resume {run.uri}" in str(said.value)
+    (Path(run.root) / "filler").unlink()
+    with pytest.raises(TuneError, match="something else"), full_disk_said(run):
+        raise TuneError("something else")
 
 
 def test_a_run_on_a_full_disk_says_so(disk, capsys, monkeypatch):

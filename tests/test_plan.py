@@ -5,7 +5,7 @@ import torch
 
 from evaluation.config import SamplerConfig
 from evaluation.rung import RungScorer
-from search import plan
+from search import disk, plan
 from search.config import load
 from search.plan import Measured
 from trainer import data, local
@@ -66,7 +66,7 @@ def test_the_final_stage_is_drawn_by_all_workers():
 
 def test_the_disk_holds_one_checkpoint_of_each_ended_trial_and_more_of_running_ones():
     assert forecast("final.top=2")["disk_bytes"] == 1000 * (8 + 5) + 2 * 1000 * 10
-    assert plan.disk_bytes(load("digits", ["trials=2", "train.epochs=1"]), 1000, at_once=8) == 2 * 3 * 1000
+    assert disk.disk_bytes(load("digits", ["trials=2", "train.epochs=1"]), 1000, at_once=8) == 2 * 3 * 1000
 
 
 @pytest.mark.slow
@@ -98,15 +98,15 @@ def test_the_size_of_a_checkpoint_is_known_before_it_is_written(tmp_path):
         config.train, images, Storage(tmp_path), Storage(tmp_path), torch.device("cpu"), lambda metrics, folder: None
     )
     (file,) = tmp_path.glob("checkpoint_*/state.pt")
-    assert plan.expected_checkpoint_bytes(config, images.shape) == pytest.approx(file.stat().st_size, rel=0.1)
+    assert disk.expected_checkpoint_bytes(config, images.shape) == pytest.approx(file.stat().st_size, rel=0.1)
 
 
 def test_too_little_room_is_said(tmp_path):
     place = Storage(tmp_path / "not" / "yet" / "there")
-    free = plan.free_bytes(place)
+    free = disk.free_bytes(place)
     assert free is not None
-    assert plan.shortage(0, place) is None
-    assert "of disk, but" in str(plan.shortage(free + 10**12, place))
+    assert disk.shortage(0, place) is None
+    assert "of disk, but" in str(disk.shortage(free + 10**12, place))
 
 
 def test_the_plan_names_the_space_and_what_becomes_of_the_known_points():
@@ -123,4 +123,4 @@ def test_the_plan_names_the_space_and_what_becomes_of_the_known_points():
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1.5e9, "1.5 GB"), (2.34e15, "2.34e+03 TB")])
 def test_sizes_are_read_by_people(count, text):
-    assert plan.size(count) == text
+    assert disk.size(count) == text

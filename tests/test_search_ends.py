@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from search import budget
+from search.disk import keep_what_is_asked_for
 from search.records import Records
-from search.tuner import keep_what_is_asked_for
 from trainer import checkpoint
 from trainer.storage import Storage
 

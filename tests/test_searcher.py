@@ -465,6 +465,7 @@ def test_a_search_that_finds_nothing_new_ends_and_so_does_a_resumed_one(records,
     finish(search, "id0", "completed", 4.0)
     assert [(one.state, one.value) for one in told(search)] == 6 * [(TrialState.COMPLETE, 4.0)]
     rebuilt = make(Records.load(records.run), space=fixed)
+    assert rebuilt.over() == search.ended  # without Tune
     assert rebuilt.suggest("new0") == search.FINISHED
     assert len(rebuilt.records) == 6
     assert len(told(rebuilt)) == 6
