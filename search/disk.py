@@ -10,17 +10,17 @@ import torch
 
 from search.config import SearchConfig, UserError
 from search.records import ENDED, Row
-from trainer import checkpoint, local, model
+from trainer import checkpoint, model
 from trainer.storage import Storage
 
+OF_A_RUNNING_TRIAL = 4  # checkpoints: the last rung's, the two newest, and one that is being written
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def disk_bytes(config: SearchConfig, checkpoint_bytes: int, at_once: int) -> int:
-    """Of checkpoints: one of each trial that has ended; of a running one its rungs', two more and one being written."""
+    """Of checkpoints, at most: one of each trial that has ended, four of each that runs."""
     running = min(at_once, config.trials)
-    of_running = len(config.rung_epochs()) + local.KEPT_CHECKPOINTS + 1
-    return checkpoint_bytes * (config.trials - running + running * of_running)
+    return checkpoint_bytes * (config.trials - running + running * OF_A_RUNNING_TRIAL)
 
 
 def expected_checkpoint_bytes(config: SearchConfig, shape: tuple[int, int, int]) -> int:

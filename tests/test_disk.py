@@ -58,16 +58,6 @@ def train(folder: Path, epochs: int, rungs: list[int]) -> list[int]:
     return reported
 
 
-def test_of_a_running_trial_every_rung_s_checkpoint_is_kept(tmp_path):
-    assert train(tmp_path, 5, [1, 2, 3]) == [1, 2, 3, 5]
-    folder = Storage(tmp_path / "train")
-    epochs = [checkpoint.load(folder.at(name)).meta["epoch"] for name in checkpoint.names(folder)]
-    assert epochs == [1, 2, 3, 5]
-    assert [checkpoint.at_rung(folder.at(name)) for name in checkpoint.names(folder)] == 4 * [True]
-    (tmp_path / "train" / checkpoint.names(folder)[0] / "checkpoint.json").write_text("{}")
-    assert not checkpoint.at_rung(folder.at(checkpoint.names(folder)[0]))
-
-
 @pytest.mark.parametrize(
     ("changes", "left"),
     [

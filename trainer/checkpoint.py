@@ -4,7 +4,6 @@ A checkpoint is a folder: `state.pt` (tensors and plain numbers, loaded with wei
 `checkpoint.json` (format, step, epoch, configuration, versions, and a SHA-256 of both), written last.
 """
 
-import contextlib
 import hashlib
 import io
 import json
@@ -81,13 +80,6 @@ def _digest(described: dict[str, Any], content: bytes) -> str:
 def names(storage: Storage) -> list[str]:
     """The folders checkpoint_<step>, oldest first (Ray Train keeps a checkpoint_manager_snapshot.json beside them)."""
     return [name for name in storage.names() if re.fullmatch(r"checkpoint_\d+", name)]
-
-
-def at_rung(storage: Storage) -> bool:
-    """Whether the checkpoint in a folder was reported at a rung: what a trial is ranked by until its next."""
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return bool(storage.read_json("checkpoint.json")["metrics"]["rung"])
-    return False
 
 
 def latest(storage: Storage) -> tuple[Storage, Checkpoint] | None:

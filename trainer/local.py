@@ -9,7 +9,7 @@ from trainer.config import TrainConfig
 from trainer.event_log import EventLog
 from trainer.storage import Storage
 
-KEPT_CHECKPOINTS = 2  # beside those of rungs; the one before is what is left where the newest is damaged
+KEPT_CHECKPOINTS = 2  # the one before is what is left where the newest is damaged
 
 
 def checkpoint_name(metrics: loop.Metrics) -> str:
@@ -49,8 +49,7 @@ def fit(
         folder = checkpoints.at(checkpoint_name(metrics))
         save(folder)
         for name in checkpoint.names(checkpoints)[:-KEPT_CHECKPOINTS]:
-            if not checkpoint.at_rung(checkpoints.at(name)):
-                checkpoints.delete(name)
+            checkpoints.delete(name)
         report(metrics, folder)
 
     worker = loop.Worker(device)

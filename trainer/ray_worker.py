@@ -15,7 +15,7 @@ from ray.train.v2.api.callback import UserCallback
 from trainer import checkpoint, data, loop
 from trainer.config import TrainConfig
 from trainer.event_log import EventLog
-from trainer.local import KEPT_CHECKPOINTS, checkpoint_name
+from trainer.local import checkpoint_name
 from trainer.storage import Storage
 
 MAX_WORKER_FAILURES = 3
@@ -54,10 +54,7 @@ def fit(
             storage_filesystem=run.fs,
             callbacks=list(callbacks),
             failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_FAILURES, controller_failure_limit=3),
-            # The rungs' first, then the newest: Ray Train keeps those of the highest score, and always the last.
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=len(rungs) + KEPT_CHECKPOINTS, checkpoint_score_attribute="rung"
-            ),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
