@@ -1,7 +1,11 @@
 """What a dry run forecasts: closed forms, and sizes that are those of real files."""
 
+import dataclasses
+import io
+
 import pytest
 import torch
+from rich.console import Console
 
 from evaluation.config import SamplerConfig
 from evaluation.rung import RungScorer
@@ -89,6 +93,7 @@ def test_what_is_measured_is_what_a_training_writes(tmp_path):
     assert min(measured.step_seconds, measured.rung_seconds, measured.image_seconds) > 0
 
 
+@pytest.mark.slow
 def test_the_size_of_a_checkpoint_is_known_before_it_is_written(tmp_path):
     config = load(
         "digits", ["train.ema_decays=[0.9, 0.99]", "train.data.subset=64", "train.batch_size=16", "train.epochs=1"]
@@ -124,3 +129,24 @@ def test_the_plan_names_the_space_and_what_becomes_of_the_known_points():
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1.5e9, "1.5 GB"), (2.34e15, "2.34e+03 TB")])
 def test_sizes_are_read_by_people(count, text):
     assert disk.size(count) == text
+
+
+def test_a_plan_is_read_by_people(tmp_path):
+    config = load(
+        "digits", ["known_points+={family: linear, start: 1.0e-4, end: 0.001}", "space.train.batch_size=[32, 64]"]
+    )
+    shown = plan.describe(config, "frechet") | {
+        "run": "runs/mine", "trials": 12, "trials_at_once": 2, "epochs": 45, "steps": 1010, "rungs": [5, 15],
+        "metric": "frechet", "measured": dataclasses.asdict(HOUR), "free_bytes": 10**9, "warning": "Warning: no room",
+        "forecast": plan.forecast(config, HOUR, 100, 2, 2),
+    }  # fmt: skip
+    console = Console(file=io.StringIO(), width=160)
+    plan.show(shown, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in (
+        "start 1e-05 to 0.001 (log)", "end 1, ", "dropout         0 to 0.2", "batch_size      [32, 64]",
+        "linear(0.0001, 0.02)            passes the screen", "screened: prior KL must be below 0.01",
+        "12, 2 at once, 1,010 steps (45 epochs) each", "after epochs 5, 15, by frechet", "3.6e+03 ms a step",
+        "1 GB free", "Warning: no room",
+    ):  # fmt: skip
+        assert part in text, text
