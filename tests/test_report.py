@@ -223,3 +223,10 @@ def test_long_curves_are_read_whole(tmp_path: Path):
         for epoch in range(1, 1301):  # more than the accumulator keeps by default
             writer.add_scalar("train/loss", float(epoch), epoch)
     assert report_figures.read_curves(tmp_path)["train/loss"] == [(epoch, float(epoch)) for epoch in range(1, 1301)]
+
+
+def test_further_settings_and_reused_trials_are_shown():
+    varied = row("t1", settings={"batch_size": 32, "model.channels": [16, "<b>"]})
+    text = Page(render([varied, row("t2", "reused", reason="the same as t1")])).text
+    assert "learning rate 0.0002, dropout 0.1, batch_size 32, model.channels [16, '<b>']" in text
+    assert "reused the same as t1" in text
