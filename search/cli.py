@@ -40,9 +40,14 @@ def run(
     name: Annotated[str | None, typer.Option(help="The run's name; its folder is STORAGE/NAME.")] = None,
     storage: Annotated[str, typer.Option(help="A folder, or an address such as s3://bucket/folder.")] = "runs",
     address: Address = "local",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with its cost, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Search, draw and score images of the best trials, rank, report, export."""
     from search import config as configuration
+
+    if as_json and not dry_run:
+        raise configuration.UserError("--json prints the plan of --dry-run; a run's results: ddpm-search rank --json")
 
     tree = configuration.read(config, set_ or [])
     if name is not None:
@@ -53,6 +58,13 @@ def run(
     from search.records import storage_at
 
     place = storage_at(storage).at(settings.name)
+    if dry_run:
+        from search.plan import show
+
+        told = Console(stderr=True, highlight=False) if as_json else console
+        plan = pipeline.dry_run(settings, place, pipeline.preflight(settings, told), address, told)
+        print(json.dumps(plan, indent=2)) if as_json else show(plan, console)
+        return
     splits = pipeline.preflight(settings, console)
     pipeline.begin(settings, place)
     console.print(f"Run:            {place.uri}")
@@ -86,8 +98,8 @@ def _go(settings: Any, place: Any, splits: Any, address: str) -> None:
 @app.command()
 def status(path: RunPath, as_json: Json = False) -> None:
     """The trials of a run, while it works and after."""
-    from search import watch
-    from search.records import read_run
+    from search import budget, watch
+    from search.records import read_ranking, read_run
 
     settings, place, records = read_run(path)
     rows = list(records)
@@ -101,8 +113,10 @@ def status(path: RunPath, as_json: Json = False) -> None:
         judged = any(rung["frechet"] is not None for row in rows for rung in row.rungs)
         metric = "frechet" if judged or not any(row.rungs for row in rows) else "grid_loss"
     console.print(watch.trials_table(rows, metric, settings["train"]["epochs"]))
-    if place.exists("ranking.json"):
-        console.print("", watch.ranking_table(place.read_json("ranking.json")))
+    if ended := budget.read(place).get("ended"):
+        console.print(f"The search ended: {ended}.")
+    if ranking := read_ranking(place):
+        console.print("", watch.ranking_table(ranking))
 
 
 @app.command()
@@ -131,14 +145,13 @@ def rank(path: RunPath, as_json: Json = False) -> None:
     """The ranking, with confidence intervals and ties."""
     from search import watch
     from search.config import UserError
-    from search.records import storage_at
+    from search.records import read_ranking, storage_at
 
-    place = storage_at(path)
-    if not place.exists("ranking.json"):
+    ranking = read_ranking(storage_at(path))
+    if ranking is None:
         raise UserError(
             f"no ranking at {path}: draw and score the best trials' images with: ddpm-search evaluate {path}"
         )
-    ranking = place.read_json("ranking.json")
     if as_json:
         print(json.dumps(ranking, indent=2))
     else:

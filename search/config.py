@@ -91,6 +91,18 @@ class SpaceConfig(Config):
             for family, own in named.items()
         }
 
+    @field_validator("train", mode="before")
+    @classmethod
+    def _named_in_full(cls, settings: Any) -> Any:
+        """{model: {channels: […]}} is {model.channels: […]}: so --set space.train.model.channels=[…] gives it."""
+        if not isinstance(settings, dict):
+            return settings
+        named: dict[str, Any] = {}
+        for name, value in settings.items():
+            inner = cls._named_in_full(value)
+            named |= {f"{name}.{k}": v for k, v in inner.items()} if isinstance(inner, dict) else {name: value}
+        return named
+
     @model_validator(mode="after")
     def _keeps_the_laws(self) -> "SpaceConfig":
         for family, own in self.families.items():
@@ -315,6 +327,12 @@ def _set(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: the value is not valid YAML: {error}") from error
+    for part in value if isinstance(value, list) else [value]:
+        for key_read in part if isinstance(part, dict) else ():
+            if part[key_read] is None and ":" in str(key_read):
+                raise UserError(
+                    f"--set {override}: YAML wants a space after a colon: {str(key_read).replace(':', ': ')}"
+                )
     if last.endswith("+"):
         _append(node, last.removesuffix("+"), value, key)
     else:
@@ -344,6 +362,8 @@ def explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}: {message}" if where and not message.startswith(where) else message
+    if error["type"] == "tuple_type":
+        message = "must be a list"
     if NUMBER in error["loc"]:
         message = "must be a number, or a range {low: …, high: …, log: true or false}"
     if error["type"] == "string_pattern_mismatch":

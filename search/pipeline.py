@@ -19,17 +19,17 @@ from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
 from evaluation.rung import Metric, RungScorer
 from evaluation.sampling import sample_images
-from search import budget, confirm, lease, samplers, tuner, watch
+from search import budget, confirm, disk, lease, plan, samplers, tuner, watch
 from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt
-from search.records import CONFIG, Records, Row, open_run
+from search.records import CONFIG, RANKING, Records, Row, open_run, read_ranking
 from trainer import checkpoint, data
 from trainer.config import TrainConfig
 from trainer.data import Splits
 from trainer.data_cache import cache_folder
 from trainer.storage import Storage
 
-RANKING, REPORT = "ranking.json", "report/index.html"
+REPORT = "report/index.html"
 SAMPLES = 64
 
 
@@ -96,9 +96,49 @@ def _check_fits(training: TrainConfig, where: str, splits: Splits) -> None:
         )
 
 
+def dry_run(
+    config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console
+) -> dict[str, Any]:
+    """What a run would do and cost, measured in a few steps where a trial would run. Writes nothing into `run`."""
+    with connect.connected(address):
+        cluster = capacity.read()
+        judge, scorer, at_once = _prepare(config, splits, cluster, console)
+        with console.status("timing a few steps"):
+            measured = plan.measure_on_cluster(config, scorer, cluster.use_gpu)
+    images, train = len(splits.train), config.train
+    forecast = plan.forecast(config, measured, images, at_once, sum(cluster.slots()))
+    return plan.describe(config, scorer.metric) | {
+        "run": run.uri,
+        "trials": config.trials,
+        "trials_at_once": at_once,
+        "epochs": train.epochs,
+        "steps": data.epoch_end(train.epochs, images, train.batch_size),
+        "rungs": config.rung_epochs(),
+        "metric": scorer.metric,
+        "measured": dataclasses.asdict(measured),
+        "forecast": forecast if judge else forecast | {"final_stage_hours": 0.0},
+        "free_bytes": disk.free_bytes(run),
+        "warning": disk.shortage(forecast["disk_bytes"], run),
+    }
+
+
+def _prepare(
+    config: SearchConfig, splits: Splits, cluster: capacity.Capacity, console: Console
+) -> tuple[Reference | None, RungScorer, int]:
+    """What judges the images, what scores a rung (and by what trials are stopped), and how many trials run at once."""
+    try:
+        at_once = cluster.trials_at_once(config.train.workers)
+        judge = _reference(config, splits, console)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    metric = choose_metric(config, judge, console)
+    settings = config.early_stopping
+    return judge, reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric), at_once
+
+
 def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
     """Does whatever of a run is not done yet. Raises KeyboardInterrupt where the user interrupts it."""
-    with lease.held(run):
+    with disk.full_disk_said(run), lease.held(run):
         _go(config, run, splits, address, console)
 
 
@@ -110,19 +150,16 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
             console.print(f"Ray dashboard:  http://{ray.dashboard}")
         console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.uri + '/tensorboard')}")
         cluster = capacity.read()
-        try:
-            at_once = cluster.trials_at_once(config.train.workers)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        judge = _reference(config, splits, console)
-        metric = choose_metric(config, judge, console)
-        scorer = _scorer(config, splits, judge, metric)
+        judge, scorer, at_once = _prepare(config, splits, cluster, console)
         left = tuner.trials_left(config, records)
         if left:
+            needed = disk.disk_bytes(config, disk.expected_checkpoint_bytes(config, splits.train.shape), at_once)
+            if not len(records) and (warning := disk.shortage(needed, run)):
+                console.print(warning)
             console.print(f"Searching: {left} trials of {config.train.epochs} epochs, {at_once} at once\n")
             ended = tuner.search(config, run, records, scorer, at_once, cluster.use_gpu, allowed, interrupt, console)
             console.print(f"The search ended: {ended}.")
-            table = watch.trials_table(records, metric, config.train.epochs)
+            table = watch.trials_table(records, scorer.metric, config.train.epochs)
             console.print(table, *watch.reasons(records), "", sep="\n")
         if judge is None:
             console.print("No final stage: the data has no labels, and final.inception_weights is not given.")
@@ -177,7 +214,7 @@ def finish(
     config: SearchConfig, run: Storage, records: Records, judge: Reference | None, splits: Splits, console: Console
 ) -> None:
     """Report, export and samples of the winner, from what the final stage left."""
-    ranked = run.read_json(RANKING) if run.exists(RANKING) else None
+    ranked = read_ranking(run)
     if ranked:
         console.print(watch.ranking_table(ranked), watch.ranking_notes(ranked), "", sep="\n")
     write_report(config, run, records, judge, splits, ranked)
@@ -301,11 +338,6 @@ def _reference(config: SearchConfig, splits: Splits, console: Console) -> Refere
     return judge
 
 
-def _scorer(config: SearchConfig, splits: Splits, judge: Reference | None, metric: Metric) -> RungScorer:
-    settings = config.early_stopping
-    return reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric)
-
-
 def _winner(ranked: dict[str, Any]) -> str | None:
     """The best-scored seed of the configuration that ranks first."""
     return next((row.get("best_seed") or row["trial"] for row in ranked["trials"] if row["rank"] == 1), None)
@@ -329,12 +361,11 @@ def choose_metric(config: SearchConfig, judge: Reference | None, console: Consol
 def evaluate_again(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
     """The final stage, ranking, report and export of a run whose search is over or interrupted."""
     with lease.held(run), connect.connected(address), Interrupt().handled() as interrupt:
-        records = Records.load(run)
-        judge = _reference(config, splits, console)
+        records, cluster = Records.load(run), capacity.read()
+        judge, scorer, _ = _prepare(config, splits, cluster, console)
         if judge is None:
             raise UserError("nothing can judge these images: the data has no labels, so give final.inception_weights")
-        scorer = _scorer(config, splits, judge, choose_metric(config, judge, console))
-        evaluate(config, run, records, judge, scorer, capacity.read(), console, interrupt)
+        evaluate(config, run, records, judge, scorer, cluster, console, interrupt)
     finish(config, run, records, judge, splits, console)
 
 
@@ -342,7 +373,7 @@ def report_again(path: str, console: Console) -> None:
     """The report of a run, from what is on disk."""
     config, run, records = open_run(path)
     splits = preflight(config, console)
-    ranked = run.read_json(RANKING) if run.exists(RANKING) else None
+    ranked = read_ranking(run)
     judge = _reference(config, splits, console) if ranked else None
     write_report(config, run, records, judge, splits, ranked)
     console.print(f"Report:   {run.uri}/{REPORT}")
@@ -353,7 +384,7 @@ def export_again(
 ) -> None:
     """A trial's export, the winner's where none is named."""
     config, run, records = open_run(path)
-    ranked = run.read_json(RANKING) if run.exists(RANKING) else None
+    ranked = read_ranking(run)
     known = [row.trial for row in confirm.all_rows(run, records)]
     if trial is None:
         if ranked is None:

@@ -15,9 +15,10 @@ import yaml
 from search.config import SearchConfig, UserError, parse
 from trainer.storage import Storage
 
-CONFIG = "config.yaml"
+CONFIG, RANKING = "config.yaml", "ranking.json"
 FILE = "trials.parquet"
 State = Literal["running", "completed", "stopped", "screened", "reused", "failed"]
+ENDED = ("completed", "stopped", "failed")  # of those that were trained
 RUNG_METRICS = ("frechet", "score", "grid_loss")
 
 SCHEMA = pa.schema(
@@ -140,7 +141,7 @@ class Records:
 
     def _put(self, row: Row) -> Row:
         self._rows = {**self._rows, row.trial: row}
-        rows = [dataclasses.asdict(r) | {"settings": json.dumps(r.settings)} for r in self._rows.values()]
+        rows = [vars(r) | {"settings": json.dumps(r.settings)} for r in self._rows.values()]
         buffer = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer)
         self.run.write(FILE, buffer.getvalue())
@@ -173,6 +174,20 @@ def read_run(path: str) -> tuple[dict[str, Any], Storage, Records]:
             f"no run at {path}: its {CONFIG} is not a run's; give the folder that `ddpm-search run` printed"
         )
     return tree, run, records
+
+
+def read_ranking(run: Storage) -> dict[str, Any] | None:
+    """ranking.json, or None before the final stage. Raises UserError where it is damaged."""
+    if not run.exists(RANKING):
+        return None
+    try:
+        found = run.read_json(RANKING)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        found = error
+    if not isinstance(found, dict) or "trials" not in found:
+        what = f": {found}" if isinstance(found, Exception) else ""
+        raise UserError(f"{RANKING} of {run.uri} is damaged{what}; write it anew: ddpm-search evaluate {run.uri}")
+    return found
 
 
 def open_run(path: str) -> tuple[SearchConfig, Storage, Records]:

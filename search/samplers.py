@@ -39,6 +39,7 @@ def make(config: SearchConfig, seed: int) -> BaseSampler:
 
 def check(config: SearchConfig) -> None:
     """Raises UserError where the searcher cannot search this space: two suggestions of a study of its own are tried."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         study = optuna.create_study(sampler=make(config, 0))

@@ -64,13 +64,13 @@ class HonestOptunaSearch(Live, OptunaSearch):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial's configuration, after writing its row; screened and reused ones are noted on the way."""
-        if self.budget and (spent := self.budget.spent()):
-            return self.end(spent)
+        if self.over():
+            return str(Searcher.FINISHED)
         if self._unfinished:
             row = self._unfinished.pop(0)
             self._ask(trial_id, space.params_of(dataclasses.asdict(row)))
             return self._start(trial_id, row)
-        while self.ended is None and self._untrained_in_a_row() < MAX_UNTRAINED_IN_A_ROW:
+        while not self.over():
             if self._known:
                 params, known = space.known_params(self.config, self._known.pop(0)), True
                 self._ask(trial_id, params)
@@ -78,7 +78,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
                 suggested, known = super().suggest(trial_id), False
                 assert suggested is not None
                 params = suggested
-            row = self._new_row(params, known)
+            row = self.new_row(params, known)
             self.records.add(row)
             if row.state == "running":
                 return self._start(trial_id, row)
@@ -86,24 +86,28 @@ class HonestOptunaSearch(Live, OptunaSearch):
                 self._tell(trial_id, row)
             elif trial_id in self._ot_trials:
                 self._ot_trials[row.trial] = self._ot_trials.pop(trial_id)  # told with the trial that it equals
-        if self.ended:
-            return self.end(self.ended)
-        last = list(self.records)[-1]
-        if all(row.state in UNTRAINED for row in self.records):
-            raise UserError(
-                f"{MAX_UNTRAINED_IN_A_ROW} configurations in a row failed the screen, the last because: {last.reason}; "
-                "narrow space.families to schedules that reach pure noise"
-            )
-        return self.end(f"the last {MAX_UNTRAINED_IN_A_ROW} suggestions held nothing new to train")
+        return str(Searcher.FINISHED)
 
-    def end(self, reason: str) -> str:
-        """Suggests no more; what an earlier driver left unfinished is stopped where it is."""
-        self.ended = reason
-        while self._unfinished:
-            row = self.records.update(self._unfinished.pop(0).trial, state="stopped", reason=f"not resumed: {reason}")
+    def over(self) -> str | None:
+        """Why no trial is begun any more, or None; what an earlier driver left unfinished is then stopped where it is.
+
+        Raises UserError where nothing in the space passes the screen.
+        """
+        if self.ended is None and self.budget:
+            self.ended = self.budget.spent()
+        if self.ended is None and not self._unfinished and self._untrained_in_a_row() >= MAX_UNTRAINED_IN_A_ROW:
+            if all(row.state in UNTRAINED for row in self.records):
+                raise UserError(
+                    f"{MAX_UNTRAINED_IN_A_ROW} configurations in a row failed the screen, the last because: "
+                    f"{list(self.records)[-1].reason}; narrow space.families to schedules that reach pure noise"
+                )
+            self.ended = f"the last {MAX_UNTRAINED_IN_A_ROW} suggestions held nothing new to train"
+        while self.ended and self._unfinished:
+            reason = f"not resumed: {self.ended}"
+            row = self.records.update(self._unfinished.pop(0).trial, state="stopped", reason=reason)
             self._remember(row)
             self._tell_reused(row)
-        return str(Searcher.FINISHED)
+        return self.ended
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: rungs are told when a trial ends, from the record, the deciding one included."""
@@ -127,7 +131,8 @@ class HonestOptunaSearch(Live, OptunaSearch):
         training = space.train_config(self.config, dataclasses.asdict(row))
         return {"trial": row.trial, "train": training.model_dump(mode="json")}
 
-    def _new_row(self, params: space.Params, known: bool) -> Row:
+    def new_row(self, params: space.Params, known: bool) -> Row:
+        """The row of a configuration: to be trained, or screened, or reused."""
         flat = space.flat(params)
         trial = f"t{len(self.records):04d}-{flat['family']}"
         row = Row(trial=trial, source="known" if known else "suggested", seed=self.config.train.seed, **flat)

@@ -9,6 +9,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from evaluation.rung import RungScorer
+from search.disk import DISK_FULL
 from trainer.config import TrainConfig
 from trainer.storage import Storage
 
@@ -74,9 +75,9 @@ def in_reused_process(run: Storage, scorer: RungScorer, rungs: list[int]) -> Cal
                 score=scorer,
                 rungs=rungs,
             )
-        except OSError:
-            raise  # the storage may be back when Tune tries again
         except Exception as error:
+            if isinstance(error, OSError) and error.errno not in DISK_FULL:
+                raise  # the storage may be back when Tune tries again
             traceback.print_exc()
             tune.report({"failure": failures.failure_reason(error), "rung": True})
         finally:

@@ -17,9 +17,10 @@ from evaluation.rung import RungScorer
 from search import trial
 from search.budget import Budget
 from search.config import SearchConfig
+from search.disk import keep_what_is_asked_for
 from search.early_stopping import RungScheduler
 from search.interrupt import Interrupt
-from search.records import Live, Records
+from search.records import ENDED, Live, Records
 from search.searcher import HonestOptunaSearch
 from search.watch import SearchView
 from trainer.storage import Storage
@@ -32,7 +33,6 @@ TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # interrupt.py takes it
     "RAY_AIR_NEW_OUTPUT": "0",
 }
-ENDED = ("completed", "stopped", "failed")
 
 
 def trials_left(config: SearchConfig, records: Records) -> int:
@@ -82,12 +82,11 @@ def _tune(
     os.environ |= TUNE_ENVIRONMENT
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     journal = _fresh_journal(run)
-    watcher = _Watcher(run, journal, changed, budget)
+    watcher = _Watcher(run, records, journal, changed, budget)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
     searcher = HonestOptunaSearch(config, metric, records, storage, budget)
-    if spent := budget.spent():
-        searcher.end(spent)
-        return spent
+    if ended := searcher.over():  # a run that is resumed when there is nothing more to be done
+        return ended
     rungs = config.rung_epochs()
     if config.runner == "reuse":
         run_trial = trial.in_reused_process(run, scorer, rungs)
@@ -118,6 +117,7 @@ def _tune(
     )
     with interrupt.awaited():
         tuner.fit()
+    watcher.tidy()
     watcher.copy_journal()
     if interrupt.requested:
         raise KeyboardInterrupt
@@ -152,8 +152,9 @@ class _Stop(Live, Stopper):
 class _Watcher(Live, Callback):
     """Passes Tune's events on, and copies the study where the run is not on a local disk."""
 
-    def __init__(self, run: Storage, journal: Path, changed: Callable[[], None], budget: Budget):
-        self.run, self.journal, self.changed, self.budget = run, journal, changed, budget
+    def __init__(self, run: Storage, records: Records, journal: Path, changed: Callable[[], None], budget: Budget):
+        self.run, self.records, self.journal, self.changed, self.budget = run, records, journal, changed, budget
+        self.ended: set[str] = set()
 
     def copy_journal(self) -> None:
         if not self.run.is_local and self.journal.exists():
@@ -170,10 +171,22 @@ class _Watcher(Live, Callback):
     ) -> None:
         self.changed()
 
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+    def tidy(self) -> None:
+        """Once more at the end: a trial that is stopped may write one checkpoint more."""
+        for key in self.ended:
+            with contextlib.suppress(OSError):
+                keep_what_is_asked_for(self.run, self.records[key])
+
+    def _ended(self, key: str) -> None:
+        self.ended.add(key)
+        with contextlib.suppress(OSError):
+            keep_what_is_asked_for(self.run, self.records[key])
         self.changed()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._ended(trial.config["trial"])
         with contextlib.suppress(OSError):  # the study is a copy of the record; the next one will do
             self.copy_journal()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.changed()
+        self._ended(trial.config["trial"])

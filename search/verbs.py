@@ -65,9 +65,15 @@ def show_schedule(schedule: ScheduleConfig, as_json: bool, console: Console) -> 
     console.print(table)
 
 
+def _check_picture(out: Path) -> None:
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out must end in .png, which is what is written, but is {out}")
+
+
 def plot_schedule(schedule: ScheduleConfig, out: Path) -> None:
     from evaluation import pictures
 
+    _check_picture(out)
     try:
         pictures.plot_schedules([schedule], out)
     except OSError as error:
@@ -80,6 +86,7 @@ def compare_schedules(named: list[str], steps: int, out: Path) -> None:
 
     from evaluation import pictures
 
+    _check_picture(out)
     if named:
         chosen = [_parse_schedule(text, steps) for text in named]
     else:

@@ -79,6 +79,7 @@ def refused(result: tuple[int, str, str], *parts: str) -> None:
         (("run", "digits", "--storage", "file/below"), ["--storage", "file/below", "cannot be written"]),
         (("run", "digits", "--storage", "/proc/nothing"), ["--storage", "/proc/nothing", "cannot be written"]),
         (("run", "digits", "--storage", ".", "--name", "file"), ["--storage", "file", "cannot be written"]),
+        (("run", "digits", "--json"), ["--json", "--dry-run"]),
         (("train", "digits", "--set", "train.epochz=7"), ["unknown key 'train.epochz'"]),
         (("train", "digits", "--out", "file/below"), ["--out", "file/below", "cannot be written"]),
         (("status", "nothing"), ["no run at nothing", "give the folder"]),
@@ -106,6 +107,8 @@ def refused(result: tuple[int, str, str], *parts: str) -> None:
         (("schedule", "compare", "sigmoid:3:3"), ["use start=0, end=3"]),
         (("schedule", "compare", "--out", "file/x.png"), ["--out file/x.png", "cannot be written"]),
         (("schedule", "plot", "--family", "cosine", "--start", "0", "--end", "1", "--out", "file/x.png"), ["--out"]),
+        (("schedule", "plot", "--family", "cosine", "--start", "0", "--end", "1", "--out", "x.svg"), [".png", "x.svg"]),
+        (("schedule", "compare", "--out", "x"), ["must end in .png", "but is x"]),
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -138,6 +141,13 @@ def test_what_a_run_does_not_have_yet_is_said(command, run_folder):
     refused(command("export", run, "--out", "x"), "no ranking", "--trial")
     refused(command("export", run, "--out", "x", "--trial", "t9"), "t9 is not in this run", "t0000-cosine, t0001")
     refused(command("export", run, "--out", "x", "--trial", "t0001-cosine"), "no checkpoint", "ddpm-search status")
+
+
+@pytest.mark.parametrize("content", ['{"tri', "[]", '{"a": 1}', "\xff"])
+def test_a_damaged_ranking_is_said(command, run_folder, content):
+    (run_folder / "ranking.json").write_bytes(content.encode("latin-1"))
+    for verb in (("rank",), ("status",), ("export", "--out", "x")):
+        refused(command(verb[0], str(run_folder), *verb[1:]), "ranking.json", "is damaged", "ddpm-search evaluate")
 
 
 def test_a_ranking_without_a_winner_exports_nothing(command, run_folder):
@@ -178,6 +188,11 @@ def test_status_prints_every_trial_best_first(command, run_folder):
     assert [line.split()[0] for line in lines] == ["trial", "t0000-cosine", "t0001-cosine"]
     assert "4.437" in lines[1]
     assert "was 2 of 2" in lines[2]
+
+
+def test_status_says_why_the_search_ended(command, run_folder):
+    (run_folder / "search.json").write_text('{"seconds": 12.5, "ended": "all 12 trials are done"}')
+    assert "The search ended: all 12 trials are done." in command("status", str(run_folder))[1]
 
 
 def test_status_works_before_the_first_trial(command, run_folder):

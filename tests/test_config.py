@@ -52,7 +52,7 @@ def test_a_config_written_out_is_read_back_the_same():
         ("space.families.cosine.start.low=9", ["space.families.cosine.start", "low < high", "low=9.0, high=0.3"]),
         ("space.train={epochs: [1, 2]}", ["space.train.epochs cannot be searched", "batch_size, model"]),
         ("space.train={batch_size: [8, 8]}", ["space.train.batch_size", "different values", "[8, 8]"]),
-        ("space.train={batch_size: 8}", ["space.train.batch_size", "got 8"]),
+        ("space.train={batch_size: 8}", ["space.train.batch_size: must be a list", "got 8"]),
         ("space.train={batch_size: [0]}", ["space.train.batch_size: batch_size", "greater than or equal to 1", "0"]),
         ("space.train={model.chanels: [[8]]}", ["model.chanels", "unknown key", "[8]"]),
         ("space.train={model.channels: [[16, 32]]}", ["model.channels", "one entry a level", "2 and 3"]),
@@ -74,6 +74,8 @@ def test_a_config_written_out_is_read_back_the_same():
         ("=1", ["--set", "a.b=value", "'=1'"]),
         ("train..epochs=1", ["--set", "a.b=value", "'train..epochs=1'"]),
         ("train.epochs=[1", ["--set train.epochs=[1", "not valid YAML"]),
+        ("known_points+={family:linear}", ["space after a colon", "family: linear"]),
+        ("known_points=[{family:linear}]", ["space after a colon", "family: linear"]),
         ("early_stopping+=3", ["'early_stopping'", "no list", "use early_stopping=…"]),
     ],
 )

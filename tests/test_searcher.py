@@ -331,7 +331,11 @@ def test_a_configuration_that_is_the_same_but_for_rounding_is_not_trained_twice(
     assert [(one.state, one.value) for one in told(search)[:2]] == 2 * [(TrialState.COMPLETE, 4.0)]
     assert told(search)[1].params["cosine.start"] == 0.203
     assert trials_left(search.config, records) == search.config.trials - 1  # it counts in no budget
-    assert [one.trial for one in pipeline._candidates(search.config, records, "frechet")] == []
+    for row in (first, suggested):
+        records.report(row.trial, {"epoch": EPOCHS, "rung": True, "frechet": 5.0, "worker_seconds": 1.0}, "somewhere")
+        records.update(row.trial, state="completed")
+    ranked = [one.trial for one in pipeline._candidates(search.config, records, "frechet")]
+    assert ranked == [first.trial, suggested.trial]  # the same thing is not ranked twice
 
 
 @pytest.mark.parametrize(
@@ -461,6 +465,7 @@ def test_a_search_that_finds_nothing_new_ends_and_so_does_a_resumed_one(records,
     finish(search, "id0", "completed", 4.0)
     assert [(one.state, one.value) for one in told(search)] == 6 * [(TrialState.COMPLETE, 4.0)]
     rebuilt = make(Records.load(records.run), space=fixed)
+    assert rebuilt.over() == search.ended  # without Tune
     assert rebuilt.suggest("new0") == search.FINISHED
     assert len(rebuilt.records) == 6
     assert len(told(rebuilt)) == 6

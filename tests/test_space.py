@@ -126,6 +126,11 @@ def test_a_group_of_settings_is_laid_over_the_base_training_s():
     assert (three.model.channels, three.model.norm_groups) == (config.train.model.channels, 4)
 
 
+def test_a_setting_may_be_named_part_by_part():
+    config = load("digits", ["space.train.model.channels=[[16, 32, 32], [32, 32, 32]]"])
+    assert config.space.train == {"model.channels": ([16, 32, 32], [32, 32, 32])}
+
+
 def test_a_known_point_has_the_base_training_s_choices_or_its_own():
     config = load("digits", VARIED)
     params = space.known_params(config, KNOWN_POINTS[1])

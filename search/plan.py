@@ -1,0 +1,202 @@
+"""What a run will cost, before it costs anything: `run --dry-run`, from steps that are really taken."""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from rich.console import Console
+
+from evaluation.rung import RungScorer
+from evaluation.sampling import sample_images
+from search import space
+from search.config import Range, SearchConfig, Searched
+from search.disk import disk_bytes, size
+from search.records import Records
+from search.searcher import HonestOptunaSearch
+from search.watch import schedule_label
+from trainer import checkpoint, data, local, loop, schedules
+from trainer.storage import Storage
+
+STEPS_SECONDS = 3.0  # how long training steps are timed
+PASSED_BY_MEDIAN = 0.5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one worker of one trial with the base training's settings; communication between workers is not in it."""
+
+    start_seconds: float  # a process with its imports and data
+    step_seconds: float
+    rung_seconds: float  # the scores of one EMA
+    checkpoint_bytes: int
+    image_seconds: float  # of the final stage: drawing and judging one image
+    image_bytes: int  # what the final stage keeps of one image
+
+
+def measure(config: SearchConfig, scorer: RungScorer, asked_at: float) -> Measured:
+    """Trains and samples a few steps in this process. asked_at: time.time() when it was asked for."""
+    training, device = config.train, local.default_device()
+    share = max(1, training.batch_size // training.workers)
+    images = data.load(training.data).train
+    advance = loop.TrainStep(training.model_copy(update={"batch_size": share}), images, loop.Worker(device))
+    start_seconds = time.time() - asked_at
+
+    def train(steps: range) -> None:
+        for step in steps:
+            advance(step)
+
+    train(range(3))
+    count = max(1, min(50, int(STEPS_SECONDS / _seconds(lambda: train(range(3, 4)), device))))
+    step_seconds = _seconds(lambda: train(range(4, 4 + count)), device) / count
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(Storage(folder), advance.state(), {"config": training.model_dump(mode="json")})
+        checkpoint_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
+
+    denoiser, betas = advance.emas[0].model, schedules.betas(**training.schedule.model_dump())
+
+    def rung(steps: int) -> None:
+        settings = scorer.sampler.model_copy(update={"steps": steps})
+        dataclasses.replace(scorer, sampler=settings)(denoiser, training, device)
+
+    kept = 0
+
+    def block(steps: int) -> None:
+        nonlocal kept
+        settings = config.final.sampler.model_copy(update={"steps": steps})
+        drawn = sample_images(denoiser, betas, images.shape, settings, 0, settings.block_size, device)
+        if scorer.extractor is not None:
+            judged = scorer.extractor.to(device).extract(drawn)
+            kept = (judged.features.nbytes + judged.probabilities.nbytes) // len(drawn)
+
+    block_seconds = _of_steps(block, config.final.sampler.steps, device)
+    rung_seconds = _of_steps(rung, scorer.sampler.steps, device)
+    return Measured(
+        start_seconds,
+        step_seconds,
+        rung_seconds,
+        checkpoint_bytes,
+        block_seconds / config.final.sampler.block_size,
+        kept,
+    )
+
+
+def measure_on_cluster(config: SearchConfig, scorer: RungScorer, use_gpu: bool) -> Measured:
+    """`measure` where a trial would run."""
+    task = ray.remote(measure).options(num_cpus=1, num_gpus=int(use_gpu), max_retries=0)
+    result: Measured = ray.get(task.remote(config, scorer, time.time()))
+    return result
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    began = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _of_steps(run: Callable[[int], None], steps: int, device: torch.device) -> float:
+    """Seconds of a sampler of so many steps, from one of two and one of four: the rest is a straight line."""
+    run(1)
+    if steps <= 4:
+        return _seconds(lambda: run(steps), device)
+    two, four = _seconds(lambda: run(2), device), _seconds(lambda: run(4), device)
+    return two + (steps - 2) * max(0.0, four - two) / 2
+
+
+def forecast(config: SearchConfig, measured: Measured, images: int, at_once: int, slots: int) -> dict[str, Any]:
+    """Hours and bytes of a run. images: of the training split; slots: workers that the cluster holds.
+
+    `expected` takes a share of 1/reduction (median: a half) to pass each rung; `at_most` is where no trial is stopped.
+    """
+    stopping = config.early_stopping
+    passed = {"asha": 1 / stopping.reduction, "median": PASSED_BY_MEDIAN, "none": 1.0}[stopping.scheduler]
+    rungs, train = config.rung_epochs(), config.train
+    steps = [data.epoch_end(epoch, images, train.batch_size) for epoch in (0, *rungs, train.epochs)]
+    scored = [measured.rung_seconds] * len(rungs) + [measured.rung_seconds * len(train.ema_decays)]
+    parts = [(b - a) * measured.step_seconds + s for a, b, s in zip(steps, steps[1:], scored, strict=False)]
+
+    def hours(share: float) -> dict[str, float]:
+        """Where so many of the trials at a rung pass it."""
+        trial = sum(part * share**index for index, part in enumerate(parts))
+        start = measured.start_seconds * (1 if config.runner == "train" else at_once / config.trials)
+        search = config.trials * (trial + start) / min(at_once, config.trials) / 3600
+        work = config.trials * trial * train.workers / 3600
+        limits = ((config.budget.hours, search), (config.budget.worker_hours, work))
+        allowed = [(1 - config.budget.reserve) * limit / needed for limit, needed in limits if limit and needed]
+        cut = min([1.0, *allowed])
+        return {"search": search * cut, "workers": work * cut}
+
+    drawn = config.final.top * config.final.images
+    return {
+        "trial_hours": sum(parts) / 3600,
+        "expected": hours(passed),
+        "at_most": hours(1.0),
+        "final_stage_hours": drawn * measured.image_seconds / slots / 3600,
+        "disk_bytes": disk_bytes(config, measured.checkpoint_bytes, at_once) + drawn * measured.image_bytes,
+    }
+
+
+def describe(config: SearchConfig, metric: str) -> dict[str, Any]:
+    """The space, and what becomes of each known point before it is trained. Writes nothing that stays."""
+    with tempfile.TemporaryDirectory() as folder:
+        records = Records(Storage(folder))
+        judge = HonestOptunaSearch(config.model_copy(update={"name": "plan"}), metric, records, None)
+        for point in config.known_points:
+            records.add(judge.new_row(space.known_params(config, point), known=True))
+        known = [row.params() | {"screened" if row.state == "screened" else "reused": row.reason} for row in records]
+    families = {family: space.parameters(config, family) for family in config.space.families}
+    return {
+        "space": {family: {n: _range(v) for n, v in named.items()} for family, named in families.items()},
+        "choices": {name: list(values) for name, values in config.space.train.items()},
+        "known_points": known,
+    }
+
+
+def _range(searched: Searched) -> Any:
+    return searched.model_dump() if isinstance(searched, Range) else searched
+
+
+def show(plan: dict[str, Any], console: Console) -> None:
+    """The plan as a person reads it."""
+    measured, cost = plan["measured"], plan["forecast"]
+    console.print(f"Plan of {plan['run']}: nothing is written there, nothing is trained.\n")
+    console.print("Space")
+    for family, named in plan["space"].items():
+        own = ", ".join(f"{n.partition('.')[2]} {_shown(v)}" for n, v in named.items() if n.startswith(f"{family}."))
+        console.print(f"  {family:<16}{own}")
+    shared = {n: v for n, v in next(iter(plan["space"].values())).items() if "." not in n} | plan["choices"]
+    for name, value in shared.items():
+        console.print(f"  {name:<16}{_shown(value)}")
+    console.print("Known points, tried first")
+    for point in plan["known_points"]:
+        said = next((f"{key}: {point[key]}" for key in ("screened", "reused") if point.get(key)), "passes the screen")
+        console.print(f"  {schedule_label(point):<32}{said}")
+    console.print(
+        f"Trials           {plan['trials']}, {plan['trials_at_once']} at once, {plan['steps']:,} steps "
+        f"({plan['epochs']} epochs) each\n"
+        f"Rungs            after epochs {', '.join(map(str, plan['rungs'])) or '(none)'}, by {plan['metric']}\n"
+        f"Measured         {measured['step_seconds'] * 1e3:.3g} ms a step, {measured['rung_seconds']:.3g} s a rung, "
+        f"{measured['image_seconds'] * 1e3:.3g} ms an image of the final stage, {measured['start_seconds']:.3g} s a "
+        f"process, {size(measured['checkpoint_bytes'])} a checkpoint\n"
+        f"One trial        {cost['trial_hours']:.3g} hours in full\n"
+        f"Search           about {cost['expected']['search']:.3g} hours ({cost['expected']['workers']:.3g} of workers)"
+        f", or {cost['at_most']['search']:.3g} ({cost['at_most']['workers']:.3g}) if no trial is stopped\n"
+        f"Final stage      about {cost['final_stage_hours']:.3g} hours\n"
+        f"Disk             up to {size(cost['disk_bytes'])}"
+        + (f", {size(plan['free_bytes'])} free" if plan["free_bytes"] is not None else "")
+    )
+    if plan["warning"]:
+        console.print(plan["warning"])
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['low']:g} to {value['high']:g}" + (" (log)" if value["log"] else "")
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,137 @@
+"""What is kept on disk, and what a disk that is really full leaves behind: small file systems are mounted for it."""
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from ray.tune.error import TuneError
+
+from search import cli
+from search.config import UserError, load
+from search.disk import full_disk_said, keep_what_is_asked_for
+from search.records import Records
+from trainer import checkpoint, data, local
+from trainer.storage import Storage
+
+SMALL = [
+    "train.model={channels: [8, 16], attention: [false, true], attention_head_dim: 8, norm_groups: 4}",
+    "train.data.subset=64",
+    "train.batch_size=32",
+]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """disk(bytes): the folder of a file system of that size."""
+    folder = tmp_path / "disk"
+
+    def make(size: int) -> Path:
+        folder.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+        if done.returncode:
+            pytest.skip(f"may not mount a small file system: {done.stderr.decode()}")
+        return folder
+
+    yield make
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(folder: Path, left: int = 0) -> None:
+    free = os.statvfs(folder)
+    (folder / "filler").write_bytes(bytes(max(0, free.f_bavail * free.f_bsize - left)))
+
+
+def train(folder: Path, epochs: int, rungs: list[int]) -> list[int]:
+    """The epochs that were reported."""
+    config = load("digits", [*SMALL, f"train.epochs={epochs}"]).train
+    reported: list[int] = []
+    place = Storage(folder)
+    images = data.load(config.data).train
+    report = lambda metrics, _: reported.append(metrics["epoch"])  # noqa: E731
+    local.fit(config, images, place.at("train"), place.at("events"), torch.device("cpu"), report, rungs=rungs)
+    return reported
+
+
+@pytest.mark.parametrize(
+    ("changes", "left"),
+    [
+        ({"state": "stopped", "checkpoint": "train/t0/checkpoint_000000010"}, ["checkpoint_000000010"]),
+        ({"state": "completed", "checkpoint": "train/t0/checkpoint_000000020"}, ["checkpoint_000000020"]),
+        ({"state": "failed", "checkpoint": None}, []),
+        ({"state": "running", "checkpoint": "train/t0/checkpoint_000000010"}, "all"),
+        ({"state": "stopped", "checkpoint": "train/t0/checkpoint_000000099"}, "all"),  # a record that is amiss
+    ],
+)
+def test_of_an_ended_trial_only_what_ranking_and_export_take_is_kept(tmp_path, row, changes, left):
+    names = ["checkpoint_000000010", "checkpoint_000000020", "checkpoint_000000030"]
+    run = Storage(tmp_path)
+    for name in names:
+        run.write(f"train/t0/{name}/state.pt", b"x")
+    run.write("train/t0/snapshot.json", b"{}")
+    run.write("train/t1/checkpoint_000000010/state.pt", b"x")
+    keep_what_is_asked_for(run, row("t0", **changes))
+    assert checkpoint.names(run.at("train/t0")) == (names if left == "all" else left)
+    assert run.exists("train/t0/snapshot.json")
+    assert run.exists("train/t1/checkpoint_000000010/state.pt")
+
+
+def test_a_full_disk_ends_a_training_with_that_reason_and_leaves_its_checkpoints_whole(disk):
+    folder = disk(8 * 2**20)
+    assert train(folder, 1, []) == [1]
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    for file in sorted(folder.rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+    fill(folder, left=5 * size // 2)
+    with pytest.raises(OSError, match="No space left") as full:
+        train(folder, 6, [1, 2, 3, 4, 5])
+    assert full.value.errno == errno.ENOSPC
+    found = checkpoint.latest(Storage(folder / "train"))
+    assert found is not None
+    assert found[1].meta["epoch"] == 2
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_a_full_disk_leaves_the_trials_table_as_it_was(disk, row):
+    folder = disk(2**20)
+    records = Records(Storage(folder))
+    records.add(row())
+    fill(folder)
+    with pytest.raises(OSError, match="No space left") as full:
+        records.add(row("t0001-cosine"))
+    assert full.value.errno == errno.ENOSPC
+    assert list(Records.load(Storage(folder))) == [row()]
+
+
+def test_a_disk_that_fills_up_within_tune_is_said_with_the_way_on(disk, row):
+    run = Storage(disk(2**20))
+    fill(Path(run.root))
+
+    def work(error: Exception) -> None:
+        with full_disk_said(run):
+            try:
+                Records(run).add(row())
+            except OSError as full:
+                raise error from full
+
+    with pytest.raises(UserError, match="No space left") as said:
+        work(TuneError("as Tune does"))
+    assert f"ddpm-search resume {run.uri}" in str(said.value)
+    (Path(run.root) / "filler").unlink()
+    with pytest.raises(TuneError, match="something else"), full_disk_said(run):
+        raise TuneError("something else")
+
+
+def test_a_run_on_a_full_disk_says_so(disk, capsys, monkeypatch):
+    folder = disk(2**20)
+    fill(folder)
+    monkeypatch.setattr(sys, "argv", ["ddpm-search", "run", "digits", "--storage", str(folder)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "cannot be written" in capsys.readouterr().err
