@@ -183,13 +183,6 @@ def test_the_best_are_confirmed_from_new_seeds_and_a_cut_confirmation_goes_on(en
     assert "of the configuration" in card
     assert f"Seed {best['seed']} ({best['trial']})" in card
     assert place.read_json("export/provenance.json")["trial"] == best["trial"]
-    scored = run(environment, "rank", str(tmp_path / "sure"))
-    assert "speak of the configuration" in scored.stdout
-
-    fewer = run(environment, "evaluate", str(tmp_path / "sure"), "--images", "60")
-    assert fewer.returncode == 0, fewer.stderr
-    assert place.read_json("ranking.json")["images"] == 60
-    assert "Confirming" not in fewer.stdout  # nothing of it is trained again
     exported = run(
         environment, "export", str(tmp_path / "sure"), "--out", str(tmp_path / "raw"), "--trial", cut[0],
         "--weights", "raw",

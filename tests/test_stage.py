@@ -183,7 +183,8 @@ def test_a_confirmed_row_is_the_mean_of_its_new_seeds_and_lists_every_seed(run, 
     ranked = stage.ranking(run, candidates, CONFIG, judge, notes)
     first, second = ranked["trials"]
     assert (first["trial"], first["confirmed"], first["seeds"]) == ("b", True, ["b-seed1", "b-seed2"])
-    assert [seed["trial"] for seed in first["by_seed"]] == ["b", "b-seed1", "b-seed2"]
+    assert [seed["trial"] for seed in first["by_seed"]] == ["b", "b-seed1", "b-seed2", "b-seed3"]
+    assert first["by_seed"].pop() == {"n": 0, "score": None, "frechet": None, "trial": "b-seed3", "reason": "failed"}
     drawn = [stage._read(run, candidate, CONFIG, judge)[0].features for candidate in candidates[2:4]]
     shares = np.mean([scores.precision_recall(features, judge.train_features) for features in drawn], axis=0)
     assert (first["precision"], first["recall"]) == pytest.approx(tuple(shares))
