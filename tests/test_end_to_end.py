@@ -153,7 +153,7 @@ def test_the_best_are_confirmed_from_new_seeds_and_a_cut_confirmation_goes_on(en
     place = Storage(tmp_path / "sure")
     setup = settings(
         *SMALL, "train.epochs=2", "report_seconds=0.01", "known_points=[{family: linear, start: 1.0e-4, end: 0.02}]",
-        "trials=2", "final.confirm.top=1", "final.images=100", "final.keep_images=true",
+        "trials=2", "early_stopping.scheduler=none", "final.confirm.top=1", "final.images=100",
     )  # fmt: skip
     arguments = ("run", "digits", "--name", "sure", "--storage", str(tmp_path), *setup)
     again = Storage(tmp_path / "sure" / "confirm")

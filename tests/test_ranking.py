@@ -252,6 +252,26 @@ def test_p_best_of_configurations_counts_the_spread_between_seeds():
     assert pool(values[:2], certain[:2, :2], [[0], [1]]).p_best().tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_p_best_is_as_often_right_as_it_says(seeds):
+    """Over rankings of four whose true scores lie about two standard errors apart: see benchmarks/calibration.py."""
+    rng, shared, rows = np.random.default_rng(seeds), 0.8, 4
+    covariance = np.full((rows * seeds,) * 2, shared) + (1 - shared) * np.eye(rows * seeds)
+    members = np.split(np.arange(rows * seeds), rows)
+    said, best = [], []
+    for _ in range(400):
+        truth = rng.normal(0, 2.0, rows)
+        noise = rng.multivariate_normal(np.zeros(rows * seeds), covariance, method="cholesky")
+        between = rng.normal(0, 1.0, rows * seeds) if seeds > 1 else 0.0
+        said.append(pool(np.repeat(truth, seeds) + between + noise, covariance, members).p_best(draws=1000))
+        best.append(truth == truth.max())
+    chance, was = np.ravel(said), np.ravel(best)
+    for low, high in ((0.0, 0.2), (0.2, 0.5), (0.5, 0.8), (0.8, 1.01)):
+        inside = (chance >= low) & (chance < high)
+        error = np.sqrt(max(was[inside].mean() * (1 - was[inside].mean()), 0.01) / inside.sum())
+        assert was[inside].mean() == pytest.approx(chance[inside].mean(), abs=3 * error), (low, high)
+
+
 # What cannot be ranked
 
 
