@@ -1,6 +1,6 @@
 """Do the ranking's intervals hold what they say, and is P(best) a probability? Simulated rankings with known truth.
 
-    python benchmarks/calibration.py [--rankings 1000]
+    python -m benchmarks.calibration [--rankings 1000] [--regimes 0 1 2]
 
 An image is one of ATOMS noises, drawn evenly; a checkpoint is a table of class probabilities, one row a noise, and
 there are LEVELS checkpoints of rising certainty, which share most of their noise as trials of one ranking do. A
@@ -13,6 +13,7 @@ checkpoints scatter around the configuration's level by about one standard error
 """
 
 import argparse
+import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.common import provenance, write
+from benchmarks.common import RESULTS, provenance, write
 from evaluation.joint import Joint, pool
 from evaluation.ranking import score_influence
 from evaluation.scores import inception_score, softmax_float64
@@ -185,13 +186,12 @@ def reliability(values: list[tuple[float, bool]]) -> list[dict[str, float]]:
     return rows
 
 
-def plot(regimes: list[dict[str, Any]], path: str) -> None:
+def plot(regimes: dict[str, dict[str, Any]], path: str) -> None:
     figure = Figure(figsize=(9, 4.4), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("checkpoint", "configuration"), strict=True):
         axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
-        for regime, marker in zip(regimes, "osD^vP", strict=True):
+        for (label, regime), marker in zip(regimes.items(), "osD^vP", strict=False):
             bins = [row for row in regime["p_best"][kind] if row["n"] >= 20]
-            label = f"{regime['classes']:,} classes, N {regime['images']:,}"
             axes.plot([b["said"] for b in bins], [b["so"] for b in bins], marker=marker, markersize=5, label=label)
         axes.set(title=f"Best {kind}", xlabel="P(best) stated", aspect="equal")
     figure.axes[0].set_ylabel("share that was the best")
@@ -202,16 +202,21 @@ def plot(regimes: list[dict[str, Any]], path: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rankings", type=int, default=1000)
-    parser.add_argument("--truth-draws", type=int, default=3000)
+    parser.add_argument("--truth-draws", type=int, default=1500)
+    parser.add_argument("--regimes", type=int, nargs="+", default=range(len(REGIMES)), help="others stay as measured")
     arguments = parser.parse_args()
-    regimes = []
-    for classes, n, split in REGIMES:
-        regimes.append(simulate(classes, n, split, arguments.rankings, arguments.truth_draws, seed=0))
-        shown = {key: regimes[-1][key] for key in ("classes", "images", "true_scores", "coverage", "seconds")}
-        print(shown, flush=True)
     settings = {"atoms": ATOMS, "levels": LEVELS, "own_noise": OWN_NOISE, "range_in_standard_errors": RANGE}
     settings |= {"checkpoints": CHECKPOINTS, "configurations": CONFIGURATIONS, "seeds": SEEDS}
-    write("calibration", {**provenance(0), "settings": settings, "regimes": regimes})
+    settings |= {"rankings": arguments.rankings, "truth_draws": arguments.truth_draws}
+    file = RESULTS / "calibration.json"
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    regimes = earlier["regimes"] if earlier.get("settings") == settings else {}
+    for index in arguments.regimes:
+        classes, n, split = REGIMES[index]
+        found = simulate(classes, n, split, arguments.rankings, arguments.truth_draws, seed=0)
+        regimes[f"{classes:,} classes, N {n:,} in splits of {split:,}"] = found
+        print({key: found[key] for key in ("classes", "images", "true_scores", "coverage", "seconds")}, flush=True)
+        write("calibration", {**provenance(0), "settings": settings, "regimes": regimes})
     plot(regimes, "docs/images/calibration.png")
 
 

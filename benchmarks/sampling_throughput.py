@@ -1,6 +1,6 @@
 """Sampling beside diffusers' DDPMPipeline and a plain loop that keeps every step, in one run.
 
-    python -m benchmarks.sampling_throughput [--rounds 5] [--steps 10 40 160]
+    python -m benchmarks.sampling_throughput [--rounds 5] [--steps 10 40 100]
 
 Same U-Net, same number of steps, the three in turn, so that a machine that drifts drifts for all. Peak memory is
 measured in a process of its own for each (a process's peak never falls): on CPU what RSS grew by above the loaded
@@ -63,23 +63,27 @@ def samplers(device: torch.device) -> dict[str, Callable[[int], np.ndarray]]:
     return dict(zip(NAMES, (ours, theirs, keeps), strict=True))
 
 
-def peak_mib(name: str, steps: int, device: torch.device) -> float:
+def peaks_mib(name: str, rising_steps: list[int], device: torch.device) -> dict[int, float]:
     """In this process, which does nothing else: above what the model and one short sampling took."""
     sample = samplers(device)[name]
     sample(2)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated() / 1024 if gpu else resident_peak_kib()
+    peaks = {}
+    for steps in rising_steps:
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
         sample(steps)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = resident_peak_kib()
-    sample(steps)
-    return (resident_peak_kib() - before) / 1024
+        after = torch.cuda.max_memory_allocated() / 1024 if gpu else resident_peak_kib()
+        peaks[steps] = round((after - before) / 1024, 1)
+    return peaks
 
 
-def memory_of(name: str, steps: int) -> float:
-    command = (sys.executable, "-m", "benchmarks.sampling_throughput", "--memory-of", name, str(steps))
-    return round(float(subprocess.run(command, check=True, capture_output=True).stdout), 1)
+def memory_of(name: str, rising_steps: list[int]) -> dict[str, float]:
+    """`peaks_mib` of a fresh process, for a process's peak never falls."""
+    steps = [str(count) for count in rising_steps]
+    command = (sys.executable, "-m", "benchmarks.sampling_throughput", "--memory-of", name, "--steps", *steps)
+    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
 def resident_peak_kib() -> int:
@@ -90,13 +94,12 @@ def resident_peak_kib() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, nargs="+", default=[10, 40, 160])
-    parser.add_argument("--memory-of", nargs=2, metavar=("NAME", "STEPS"), help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 40, 100])
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.memory_of:
-        name, steps = arguments.memory_of
-        print(json.dumps(peak_mib(name, int(steps), device)))
+        print(json.dumps(peaks_mib(arguments.memory_of, sorted(arguments.steps), device)))
         return
 
     drawing, steps = samplers(device), arguments.steps[0]
@@ -110,7 +113,7 @@ def main() -> None:
             began = time.monotonic()
             drawing[name](steps)
             seconds[name].append(time.monotonic() - began)
-    memory = {name: {count: memory_of(name, count) for count in arguments.steps} for name in NAMES}
+    memory = {name: memory_of(name, sorted(arguments.steps)) for name in NAMES}
     ratios = {
         name: [theirs / ours for theirs, ours in zip(seconds[name], seconds["ours"], strict=True)] for name in NAMES
     }
@@ -122,7 +125,7 @@ def main() -> None:
         "peak_memory_mib_by_steps": memory,
         "largest_difference_from_DDPMPipeline": int(difference),
     }
-    table = Table("", "images/s", *(f"MiB, {count} steps" for count in arguments.steps))
+    table = Table("", "images/s", *(f"MiB, {count} steps" for count in sorted(arguments.steps)))
     for name in NAMES:
         table.add_row(name, f"{result['images_per_second'][name]:.2f}", *map(str, memory[name].values()))
     Console().print(table)
