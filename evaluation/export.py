@@ -190,11 +190,7 @@ def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial
     this, own = "this model", []
     if entry["confirmed"]:
         this = f"the configuration, mean of {len(entry['seeds'])} new seeds"
-        own = [
-            f"Seed {seed['seed']} ({seed['trial']}): {name} {seed['score']:.3f}, Fréchet distance {seed['frechet']:.3f}"
-            + ("; **this model**." if seed["trial"] == trial else ".")
-            for seed in entry["by_seed"]
-        ]
+        own = [_seed(seed, name, trial) for seed in entry["by_seed"]]
     return [
         f"| | {name} | Fréchet distance |",
         "|---|---|---|",
@@ -210,6 +206,14 @@ def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial
         *([""] if own else []),
         f"Judged by {ranking['extractor']}; splits of {ranking['split_size']:,} images; sampler {sampler}.",
     ]
+
+
+def _seed(seed: dict[str, Any], name: str, trial: str) -> str:
+    label = f"Seed {seed['seed']} ({seed['trial']})"
+    if seed["score"] is None:
+        return f"{label}: no score: {seed['reason']}."
+    this = "; **this model**." if seed["trial"] == trial else "."
+    return f"{label}: {name} {seed['score']:.3f}, Fréchet distance {seed['frechet']:.3f}{this}"
 
 
 def _estimate(estimate: dict[str, Any], name: str) -> str:

@@ -1,15 +1,15 @@
 """Scores → a ranking with confidence intervals, ties and P(best): pure, and the same to the bit on every run.
 
 What the intervals say. A score of n images is biased at that n (see scores.inception_score), and so are all scores it
-is compared with; the interval is of E[score at this n, of this checkpoint], and is centred on the estimate. Its width
-comes from the influence function of the split-wise mean
+is compared with; the interval is of E[score at this n, of this checkpoint], and starts from the estimate. Its width
+comes from the jackknife of the split-wise mean
 
-    score = 1/S sum_s exp(A_s),   A_s = mean_i KL(p_i || q_s),   q_s = mean_i p_i.
+    score = 1/S sum_s exp(A_s),   A_s = mean_i KL(p_i || q_s),   q_s = mean_i p_i:
 
-Moving weight onto image x changes A by KL(p_x || q) - A: the change through q is -sum_k (p_xk - q_k) = 0, for q is the
-distribution that makes the mean KL least. Hence image i of split s has the influence exp(A_s) (KL_is - A_s) / S n, and
-by the delta method the variance of the score is the sum of their squares. Influences of two trials at one index come
-from one noise, so their sum of products is the covariance that a paired comparison needs.
+what the score is without image i. Where classes are many and images few, an image changes q, and the derivative (KL of
+an image, less A) gives standard errors a tenth too small. Leaving out one image of two trials at one index leaves out
+one noise, so the sums of products are the covariance that a paired comparison needs. A score is the exponential of a
+mean, and its error grows with it: intervals are of its logarithm.
 
 Trials that were trained again from new seeds (`TrialSamples.repeats`) are repeats of one configuration. Its score is
 the mean of its new seeds alone: the first one was chosen for being good, and flatters it (the winner's curse). How the
@@ -26,15 +26,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import special
 
 from evaluation.joint import Joint, pool
 from evaluation.scores import (
     Array,
     FeatureStatistics,
     Interval,
+    check_probabilities,
     frechet_influence,
     inception_score,
-    split_divergences,
 )
 
 Distance = Callable[[Array], tuple[float, Array]]  # features (N, D) → value and influences, as scores.kid_influence
@@ -137,7 +138,9 @@ def rank(
         joint = pool(values, influences @ influences.T, places)
         of_rows[metric] = joint, joint.intervals([row in confirmed for row in ranked], confidence)
     joint, score_intervals = of_rows.pop("score")
-    score_intervals = np.clip(score_intervals, 1.0, float(next(iter(scored.values())).classes))
+    half = score_intervals[:, 1] - joint.means
+    widths = np.exp(np.stack([-half, half], axis=1) / joint.means[:, None])
+    score_intervals = np.clip(joint.means[:, None] * widths, 1.0, float(next(iter(scored.values())).classes))
     tied, chances = joint.ties(confidence), joint.p_best()
 
     result = []
@@ -221,12 +224,19 @@ def _pair(ends: Array) -> tuple[float, float]:
 
 
 def score_influence(probabilities: ArrayLike, split_size: int) -> Array:
-    """Influence of every scored image on the split-wise mean score, (splits * split size,).
+    """Influence of every scored image on the split-wise mean score, (splits * split size,): what it loses without it.
 
-    The sum of squares estimates the score's variance, the sum of products with another trial's their covariance; the
-    factor n/(n-1) of an unbiased variance is in it. Splits have at least 2 images each.
+    The sum of squares estimates the score's variance (the jackknife's), the sum of products with another trial's their
+    covariance. Splits have at least 2 images each.
     """
-    scores, divergences = split_divergences(probabilities, split_size)  # (S,), (S, n)
-    splits, n = divergences.shape
-    centred = divergences - divergences.mean(axis=1, keepdims=True)
-    return np.ravel(scores[:, None] * centred) / (splits * np.sqrt(n * (n - 1)))
+    p = check_probabilities(probabilities)
+    n = min(split_size, len(p))
+    splits = len(p) // n
+    without = np.empty((splits, n))
+    for s in range(splits):
+        part = p[s * n : (s + 1) * n]
+        entropy = special.xlogy(part, part).sum(axis=1)
+        q = np.maximum(part.sum(axis=0) - part, 0.0) / (n - 1)
+        # mean KL(p_i || q) = mean of sum p log p, less sum q log q
+        without[s] = np.exp((entropy.sum() - entropy) / (n - 1) - special.xlogy(q, q).sum(axis=1))
+    return np.ravel(without.mean(axis=1, keepdims=True) - without) * np.sqrt((n - 1) / n) / splits

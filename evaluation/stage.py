@@ -194,9 +194,13 @@ def ranking(
         """A confirmed row's numbers are means over its seeds; `by_seed` has each, the first one too."""
         judged = [drawn[seed] for seed in trial.seeds]
         own = [name for name, of in repeats.items() if trial.trial in (name, of)]
+        lost = {"n": 0, "score": None, "frechet": None}
         return trial.to_dict() | {
             "at_real_n": _mean([at(seed, real_n) for seed in judged]),
-            "by_seed": [at(drawn[name], config.images) | {"trial": name} for name in own if name in drawn],
+            "by_seed": [
+                (at(drawn[name], config.images) if name in drawn else lost) | {"trial": name, "reason": notes.get(name)}
+                for name in own
+            ],
             **(_mean([neighbours(seed.features) for seed in judged]) or {}),
         }
 

@@ -36,17 +36,7 @@ def train_again(
     Returns the new candidates of the final stage, and trial → reason of the trainings that failed among them.
     Raises KeyboardInterrupt where the user interrupted it.
     """
-    records = Records.load(run.at(FOLDER))
-    known = {row.trial for row in records}
-    parents = {}
-    for row in chosen:
-        for seed in range(row.seed + 1, row.seed + 1 + config.final.confirm.seeds):
-            name = f"{row.trial}-seed{seed}"
-            parents[name] = row.trial
-            if name not in known:
-                records.add(Row(trial=name, source="suggested", seed=seed, **row.params()))
-    to_the_end = config.early_stopping.model_copy(update={"scheduler": "none"})
-    settings = config.model_copy(update={"trials": len(records), "known_points": (), "early_stopping": to_the_end})
+    records, parents, settings = plan(config, run, chosen)
     rest = budget.left(config.budget, run, Records.load(run))
     left = tuner.trials_left(settings, records)
     if left and rest is None:
@@ -59,6 +49,22 @@ def train_again(
     candidates = [Candidate(row.trial, row.checkpoint or "", parents[row.trial]) for row in done.values()]
     unfinished = [row for row in done.values() if row.state != "completed" or not row.checkpoint]
     return candidates, {row.trial: row.reason or "not trained to the end" for row in unfinished}
+
+
+def plan(config: SearchConfig, run: Storage, chosen: Sequence[Row]) -> tuple[Records, dict[str, str], SearchConfig]:
+    """The table with a row for each new training, trial → trial it repeats, and the search that trains just these."""
+    records = Records.load(run.at(FOLDER))
+    known = {row.trial for row in records}
+    parents = {}
+    for row in chosen:
+        for seed in range(row.seed + 1, row.seed + 1 + config.final.confirm.seeds):
+            name = f"{row.trial}-seed{seed}"
+            parents[name] = row.trial
+            if name not in known:
+                records.add(Row(trial=name, source="suggested", seed=seed, **row.params()))
+    to_the_end = config.early_stopping.model_copy(update={"scheduler": "none"})
+    changed = {"trials": len(records), "known_points": (), "early_stopping": to_the_end}
+    return records, parents, config.model_copy(update=changed)
 
 
 def all_rows(run: Storage, records: Iterable[Row]) -> list[Row]:

@@ -199,7 +199,10 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
         raise UserError(f"--out {out} holds a training of another configuration; give another --out")
     splits = preflight(config, console)
     device = local.default_device()
-    judge = reference.prepare(splits, config.final, cache_folder(), str(device), console.print)
+    try:
+        judge = reference.prepare(splits, config.final, cache_folder(), str(device), console.print)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
     settings, metric = config.early_stopping, choose_metric(config, judge, console)
     done = f", from epoch {found[1].meta['epoch']}" if found else ""
     console.print(f"Training {config.train.schedule.label()} for {config.train.epochs} epochs{done}")

@@ -160,6 +160,47 @@ def test_a_killed_search_is_resumed_without_losing_a_trial_or_an_epoch(environme
     assert pq.read_table(io.BytesIO(place.read("trials.parquet"))).num_rows == len(after)
 
 
+def test_the_best_are_confirmed_from_new_seeds_and_a_cut_confirmation_goes_on(environment, tmp_path):
+    place = Storage(tmp_path / "sure")
+    setup = settings(
+        *SMALL, "train.epochs=2", "train.checkpoint_seconds=0.01",
+        "known_points=[{family: linear, start: 1.0e-4, end: 0.02}]",
+        "trials=2", "early_stopping.scheduler=none", "final.confirm.top=1", "final.images=100",
+    )  # fmt: skip
+    arguments = ("run", "digits", "--name", "sure", "--storage", str(tmp_path), *setup)
+    again = Storage(tmp_path / "sure" / "confirm")
+    with started(environment, *arguments) as process:
+        wait_for(
+            lambda: again.exists("trials.parquet") and any(r.state == "completed" for r in Records.load(again)), process
+        )
+        os.kill(process.pid, signal.SIGKILL)
+    cut = [row.trial for row in Records.load(again) if row.state == "completed"]
+    done = run(environment, "resume", str(tmp_path / "sure"))
+    assert done.returncode == 0, done.stderr
+    repeats = {row.trial: row for row in Records.load(again)}
+    assert [row.state for row in repeats.values()] == ["completed"] * 3
+    assert set(cut) < set(repeats), "the kill came too late: the test shows nothing"
+    assert len({row.trial for row in Records.load(place)}) == 2  # the search is what it was
+
+    ranking = place.read_json("ranking.json")
+    winner, other = ranking["trials"]
+    assert (winner["confirmed"], other["confirmed"]) == (True, False)
+    assert winner["seeds"] == list(repeats)
+    assert [seed["seed"] for seed in winner["by_seed"]] == [0, 1, 2, 3]
+    best = max(winner["by_seed"], key=lambda seed: seed["score"])
+    assert winner["best_seed"] == best["trial"]
+    card = place.read("export/README.md").decode()
+    assert "of the configuration" in card
+    assert f"Seed {best['seed']} ({best['trial']})" in card
+    assert place.read_json("export/provenance.json")["trial"] == best["trial"]
+    exported = run(
+        environment, "export", str(tmp_path / "sure"), "--out", str(tmp_path / "raw"), "--trial", cut[0],
+        "--weights", "raw",
+    )  # fmt: skip
+    assert exported.returncode == 0, exported.stderr
+    assert "as trained" in (tmp_path / "raw" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupting_keeps_what_is_done_and_says_how_to_go_on(environment, tmp_path, number):
     place = Storage(tmp_path / "stop")
@@ -182,7 +223,8 @@ def test_interrupting_keeps_what_is_done_and_says_how_to_go_on(environment, tmp_
 
 
 def test_a_command_that_is_refused_late_leaves_its_name_free(environment, tmp_path):
-    for wrong in (("--set", "final.extractor=inception"), ("--address", "127.0.0.1:1")):
+    weights = ("--set", "final.extractor=inception", "--set", f"final.inception_weights={tmp_path}/none.pth")
+    for wrong in (weights, ("--address", "127.0.0.1:1")):
         done = run(environment, "run", "digits", "--name", "again", "--storage", str(tmp_path), *wrong)
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr

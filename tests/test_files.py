@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from evaluation.files import check_out, read_array, read_images, write_images
+from evaluation.files import check_out, parquet_of, read_array, read_images, write_images
 
 
 def noise(n: int = 5, size: int = 8, channels: int = 3) -> np.ndarray:
@@ -36,6 +36,18 @@ def test_a_parquet_file_s_images_are_read(tmp_path, layout):
     column = encoded if layout == "bytes" else [{"bytes": content, "path": "x.png"} for content in encoded]
     pq.write_table(pa.table({"label": list(range(5)), "img": column}), tmp_path / "x.parquet")
     np.testing.assert_array_equal(read_images(tmp_path / "x.parquet"), images)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_parquet_shards_are_read_back_bit_for_bit_and_in_order(tmp_path, channels):
+    images = np.random.default_rng(0).integers(0, 256, (7, 5, 5, channels), dtype=np.uint8)
+    for first in (4, 0):
+        (tmp_path / f"{first:07d}.parquet").write_bytes(parquet_of(images[first : first + 4], first))
+    np.testing.assert_array_equal(read_images(tmp_path), images)
+    np.testing.assert_array_equal(read_images(tmp_path / "0000004.parquet"), images[4:])
+    table = pq.read_table(tmp_path / "0000004.parquet", use_threads=False).to_pylist()
+    assert [row["index"] for row in table] == [4, 5, 6]
+    assert table[0]["image"]["path"] == "0000004.png"
 
 
 def test_a_grid_is_one_picture(tmp_path):

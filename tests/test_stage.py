@@ -14,14 +14,14 @@ import pytest
 import ray
 import torch
 
-from evaluation import files, reference, scores, stage
+from evaluation import extractors, files, reference, scores, stage
 from evaluation.config import FinalStageConfig, SamplerConfig
 from evaluation.extractors import Classifier, ClassifierNet
 from evaluation.reference import Reference
 from evaluation.scores import FeatureStatistics
 from evaluation.stage import Candidate, ShardWorker
-from trainer import checkpoint, model
-from trainer.config import ModelConfig, ScheduleConfig, TrainConfig
+from trainer import checkpoint, data, model
+from trainer.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig
 from trainer.storage import Storage
 
 SHAPE = (1, 8, 8)
@@ -106,6 +106,21 @@ def test_a_shard_depends_on_checkpoint_sampler_weights_and_the_judges_own_weight
     assert stage._shards(run, a, same, judged_by(classifier(0)))[0] == stage._shards(run, a, CONFIG, judge)[0]
 
 
+def test_a_reference_of_other_classifier_weights_has_another_key(tmp_path):
+    """Two machines train two classifiers on the same data: neither's shards are taken for the other's."""
+    splits = data.load(DataConfig(subset=120, train_fraction=0.5))
+    keys = []
+    for name, seed in (("a", 0), ("b", 1), ("a", 2)):  # what is cached already is not made again
+        extractors.cached_classifier(tmp_path / name, splits.key(), lambda seed=seed: classifier(seed))
+        found = reference.prepare(splits, CONFIG, tmp_path / name, "cpu", lambda what: None)
+        assert found is not None
+        keys.append(found.key)
+    assert keys[0] != keys[1]
+    assert keys[0] == keys[2]
+    assert all(key.startswith(splits.key()) for key in keys)
+    assert found.train_features.shape == (60, 64)
+
+
 def test_raw_weights_draw_other_images_than_the_ema(run, judge):
     candidate = train(run, "a", 0)
     raw = CONFIG.model_copy(update={"weights": "raw"})
@@ -183,7 +198,8 @@ def test_a_confirmed_row_is_the_mean_of_its_new_seeds_and_lists_every_seed(run, 
     ranked = stage.ranking(run, candidates, CONFIG, judge, notes)
     first, second = ranked["trials"]
     assert (first["trial"], first["confirmed"], first["seeds"]) == ("b", True, ["b-seed1", "b-seed2"])
-    assert [seed["trial"] for seed in first["by_seed"]] == ["b", "b-seed1", "b-seed2"]
+    assert [seed["trial"] for seed in first["by_seed"]] == ["b", "b-seed1", "b-seed2", "b-seed3"]
+    assert first["by_seed"].pop() == {"n": 0, "score": None, "frechet": None, "trial": "b-seed3", "reason": "failed"}
     drawn = [stage._read(run, candidate, CONFIG, judge)[0].features for candidate in candidates[2:4]]
     shares = np.mean([scores.precision_recall(features, judge.train_features) for features in drawn], axis=0)
     assert (first["precision"], first["recall"]) == pytest.approx(tuple(shares))

@@ -1,0 +1,224 @@
+"""Do the ranking's intervals hold what they say, and is P(best) a probability? Simulated rankings with known truth.
+
+    python -m benchmarks.calibration [--rankings 1000] [--regimes 0 1 2]
+
+An image is one of ATOMS noises, drawn evenly; a checkpoint is a table of class probabilities, one row a noise, and
+there are LEVELS checkpoints of rising certainty, which share most of their noise as trials of one ranking do. A
+ranking of N images is then a multinomial count of the noises: score and covariance are exact sums over the table's rows
+(checked against the package's own on the expanded images), and the truth E[score at N] of every checkpoint is the mean
+of `truth_draws` more rankings. The statistics are the package's (evaluation/joint.py).
+
+Two kinds of ranking, `rankings` of each: CHECKPOINTS trained once; CONFIGURATIONS trained from SEEDS seeds, whose
+checkpoints scatter around the configuration's level by about one standard error of a checkpoint's score.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from benchmarks.common import RESULTS, provenance, write
+from evaluation.joint import Joint, pool
+from evaluation.ranking import score_influence
+from evaluation.scores import inception_score, softmax_float64
+
+ATOMS, LEVELS, OWN_NOISE = 2000, 32, 0.3
+RANGE = 8.0  # of the levels' true scores, in standard errors of one checkpoint's score
+CHECKPOINT_WINDOW, CONFIGURATION_WINDOW = 10, 12  # levels that one ranking's are drawn from
+CHECKPOINTS, CONFIGURATIONS, SEEDS = 4, 3, 3
+P_BEST_DRAWS = 4000
+REGIMES = [
+    (10, 500, 500),
+    (10, 2000, 500),
+    (10, 10_000, 5000),
+    (1008, 500, 500),
+    (1008, 5000, 5000),
+    (1008, 10_000, 5000),
+]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Class probabilities of LEVELS checkpoints: (ATOMS, K) each."""
+
+    rows: list[np.ndarray]
+
+    @classmethod
+    def make(cls, classes: int, sharpness: np.ndarray, seed: int) -> "Tables":
+        rng = np.random.default_rng([seed, classes])
+        common, label = rng.standard_normal((ATOMS, classes)), rng.integers(classes, size=ATOMS)
+        certainty = rng.gamma(2, 0.5, ATOMS)
+        rows = []
+        for level in sharpness:
+            logits = np.sqrt(1 - OWN_NOISE**2) * common + OWN_NOISE * rng.standard_normal((ATOMS, classes))
+            logits[np.arange(ATOMS), label] += level * certainty
+            rows.append(softmax_float64(logits))
+        return cls(rows)
+
+    def judge(self, counts: np.ndarray, influences: bool) -> tuple[np.ndarray, np.ndarray]:
+        """counts (R, S, ATOMS), n images a split → scores (LEVELS, R), and what a drawn image adds to the score:
+        (LEVELS, R, S, ATOMS) float32, whose count-weighted sum of products is the covariance."""
+        rankings, splits, _ = counts.shape
+        flat = counts.reshape(-1, ATOMS).astype(np.float64)
+        n = flat[0].sum()
+        scores = np.empty((len(self.rows), rankings))
+        found = np.empty((len(self.rows), rankings, splits, ATOMS) if influences else (0,), np.float32)
+        for level, table in enumerate(self.rows):
+            log_q = flat @ table
+            log_q /= n
+            np.log(log_q, out=log_q)
+            entropies = (table * np.log(table)).sum(axis=1)
+            # mean KL = mean of sum p log p, less sum q log q, for q is the mean of p
+            divergence = flat @ entropies / n - (np.exp(log_q) * log_q).sum(axis=1)
+            exponentials = np.exp(divergence)
+            scores[level] = exponentials.reshape(rankings, splits).mean(axis=1)
+            if influences:
+                own = entropies - log_q @ table.T - divergence[:, None]
+                own *= exponentials[:, None] / (splits * np.sqrt(n * (n - 1)))
+                found[level] = own.reshape(rankings, splits, ATOMS)
+        return scores, found
+
+
+def counts_of(rankings: int, n: int, split: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.multinomial(split, np.full(ATOMS, 1 / ATOMS), size=(rankings, n // split))
+
+
+def check_against_the_package(tables: Tables, rng: np.random.Generator, n: int, split: int) -> float:
+    """Largest relative difference of score and covariance of two checkpoints on expanded images."""
+    counts = counts_of(1, n, split, rng)
+    scores, found = tables.judge(counts, influences=True)
+    index = np.concatenate([np.repeat(np.arange(ATOMS), row) for row in counts[0]])
+    expanded = [tables.rows[level][index] for level in (0, -1)]
+    a, b = (score_influence(p, split) for p in expanded)
+    weights = counts[0].ravel()
+    pairs = [(inception_score(p, split).mean, scores[level, 0]) for level, p in zip((0, -1), expanded, strict=True)]
+    x, y = (found[level, 0].ravel().astype(np.float64) for level in (0, -1))
+    pairs += [(a @ b, (weights * x) @ y), (a @ a, (weights * x) @ x)]
+    return max(abs(ours / theirs - 1) for theirs, ours in pairs)
+
+
+def levels_for(classes: int, n: int, split: int, seed: int) -> np.ndarray:
+    """Sharpnesses whose true scores span RANGE standard errors of a score, from a pilot."""
+    middle, step = (4.0, 0.02) if classes < 100 else (10.0, 0.02)
+    pilot = Tables.make(classes, np.array([middle, middle * (1 + step)]), seed)
+    scores, _ = pilot.judge(counts_of(200, n, split, np.random.default_rng(seed)), influences=False)
+    error, rise = scores[0].std(), (scores[1] - scores[0]).mean()
+    half = RANGE / 2 * error / rise * step
+    return middle * np.linspace(1 - half, 1 + half, LEVELS)
+
+
+def simulate(classes: int, n: int, split: int, rankings: int, truth_draws: int, seed: int) -> dict[str, Any]:
+    began, rng = time.monotonic(), np.random.default_rng([seed, classes, n])
+    tables = Tables.make(classes, levels_for(classes, n, split, seed), seed)
+    difference = check_against_the_package(tables, rng, n, split)
+    assert difference < 1e-4, f"the simulation's sums differ from the package's by {difference}"  # float32 is kept
+    truth_scores = np.concatenate(
+        [tables.judge(counts_of(500, n, split, rng), influences=False)[0] for _ in range(truth_draws // 500)], axis=1
+    )
+    truth = truth_scores.mean(axis=1)
+
+    held: dict[str, list[bool]] = {"checkpoint": [], "configuration": []}
+    chances: dict[str, list[tuple[float, bool]]] = {"checkpoint": [], "configuration": []}
+    per_error = LEVELS / RANGE  # levels to one standard error
+    for _ in range(rankings // 50):
+        counts = counts_of(50, n, split, rng)
+        scores, found = tables.judge(counts, influences=True)
+        for r in range(50):
+            weights = np.sqrt(counts[r])
+            levels = window(CHECKPOINT_WINDOW, 0, rng)[:CHECKPOINTS]
+            joint = joined(scores[levels, r], found[levels, r] * weights, [[i] for i in range(CHECKPOINTS)])
+            note(held["checkpoint"], chances["checkpoint"], joint, truth[levels])
+
+            centres = window(CONFIGURATION_WINDOW, 6, rng)[:CONFIGURATIONS]
+            likely = np.exp(-np.square((np.arange(LEVELS) - centres[:, None]) / per_error) / 2)
+            likely /= likely.sum(axis=1, keepdims=True)
+            levels = np.concatenate([rng.choice(LEVELS, SEEDS, p=p) for p in likely])
+            members = np.split(np.arange(len(levels)), CONFIGURATIONS)
+            joint = joined(scores[levels, r], found[levels, r] * weights, members)
+            note(held["configuration"], chances["configuration"], joint, likely @ truth)
+    return {
+        **{"classes": classes, "images": n, "split_size": split, "rankings": rankings, "truth_draws": truth_draws},
+        "true_scores": [round(float(truth.min()), 4), round(float(truth.max()), 4)],
+        "standard_error_of_truth_in_scores_own": round(float(1 / np.sqrt(truth_scores.shape[1])), 4),
+        "largest_difference_from_the_package": float(f"{difference:.1e}"),
+        "coverage": {kind: round(float(np.mean(values)), 4) for kind, values in held.items()},
+        "intervals": {kind: len(values) for kind, values in held.items()},
+        "p_best": {kind: reliability(values) for kind, values in chances.items()},
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+def window(width: int, margin: int, rng: np.random.Generator) -> np.ndarray:
+    """Neighbouring levels in a random order, `margin` of them left out at both ends."""
+    return rng.integers(margin, LEVELS - margin - width + 1) + rng.permutation(width)
+
+
+def joined(scores: np.ndarray, influences: np.ndarray, members: Any) -> Joint:
+    """influences: (M, S, ATOMS), times the square roots of the counts."""
+    flat = influences.reshape(len(scores), -1).astype(np.float64)
+    return pool(scores, flat @ flat.T, members)
+
+
+def note(held: list[bool], chances: list[tuple[float, bool]], joint: Joint, truth: np.ndarray) -> None:
+    low, high = joint.intervals([True] * len(truth)).T
+    held += list((low <= truth) & (truth <= high))
+    chances += list(zip(joint.p_best(P_BEST_DRAWS), truth == truth.max(), strict=True))
+
+
+def reliability(values: list[tuple[float, bool]]) -> list[dict[str, float]]:
+    """Ten bins of P(best): how many rows, what was said on average, how often it was so."""
+    said, so = np.array([p for p, _ in values]), np.array([best for _, best in values])
+    rows = []
+    for low in np.arange(10) / 10:
+        inside = (said >= low) & ((said < low + 0.1) | (low > 0.85))
+        if inside.any():
+            rows.append(
+                {
+                    "n": int(inside.sum()),
+                    "said": round(float(said[inside].mean()), 4),
+                    "so": round(float(so[inside].mean()), 4),
+                }
+            )
+    return rows
+
+
+def plot(regimes: dict[str, dict[str, Any]], path: str) -> None:
+    figure = Figure(figsize=(9, 4.4), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("checkpoint", "configuration"), strict=True):
+        axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
+        for (label, regime), marker in zip(regimes.items(), "osD^vP", strict=False):
+            bins = [row for row in regime["p_best"][kind] if row["n"] >= 20]
+            axes.plot([b["said"] for b in bins], [b["so"] for b in bins], marker=marker, markersize=5, label=label)
+        axes.set(title=f"Best {kind}", xlabel="P(best) stated", aspect="equal")
+    figure.axes[0].set_ylabel("share that was the best")
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rankings", type=int, default=1000)
+    parser.add_argument("--truth-draws", type=int, default=1500)
+    parser.add_argument("--regimes", type=int, nargs="+", default=range(len(REGIMES)), help="others stay as measured")
+    arguments = parser.parse_args()
+    settings = {"atoms": ATOMS, "levels": LEVELS, "own_noise": OWN_NOISE, "range_in_standard_errors": RANGE}
+    settings |= {"checkpoints": CHECKPOINTS, "configurations": CONFIGURATIONS, "seeds": SEEDS}
+    settings |= {"rankings": arguments.rankings, "truth_draws": arguments.truth_draws}
+    file = RESULTS / "calibration.json"
+    earlier = json.loads(file.read_text()) if file.exists() else {}
+    regimes = earlier["regimes"] if earlier.get("settings") == settings else {}
+    for index in arguments.regimes:
+        classes, n, split = REGIMES[index]
+        found = simulate(classes, n, split, arguments.rankings, arguments.truth_draws, seed=0)
+        regimes[f"{classes:,} classes, N {n:,} in splits of {split:,}"] = found
+        print({key: found[key] for key in ("classes", "images", "true_scores", "coverage", "seconds")}, flush=True)
+        write("calibration", {**provenance(0), "settings": settings, "regimes": regimes})
+    plot(regimes, "docs/images/calibration.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""How well fewer sampling steps and fewer images rank the trials of a finished run as the full setting does.
+
+    python -m benchmarks.rank_agreement runs/digits [--full-steps 250] [--full-images 5000]
+
+Images of every trial are drawn at each setting (kept in the run as `evaluate` keeps them) and ranked by score and by
+Fréchet distance. Agreement is Kendall's tau with the ranking at the full setting; its interval is a percentile
+bootstrap over trials. Use: choose `final.sampler.steps`, `final.images` and the rungs' settings by evidence.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scipy.stats import kendalltau
+
+from benchmarks.common import provenance, write
+from evaluation import reference, stage
+from evaluation.config import FinalStageConfig
+from evaluation.reference import Reference
+from evaluation.stage import Candidate, ShardWorker
+from search.pipeline import preflight
+from search.records import open_run
+from trainer.data_cache import cache_folder
+from trainer.local import default_device
+from trainer.storage import Storage
+
+STEPS, IMAGES, RESAMPLES = (10, 20, 50), (500, 2000), 2000
+MIN_TRIALS = 8
+
+
+def values(
+    run: Storage, candidates: list[Candidate], final: FinalStageConfig, judge: Reference, what: str
+) -> dict[str, np.ndarray]:
+    """The score and the Fréchet distance of every candidate, (trials,) each, drawn in this process."""
+    worker = ShardWorker(run, final, str(default_device()))
+    shards = [shard for candidate in candidates for shard in stage._shards(run, candidate, final, judge)]
+    for shard in track([shard for shard in shards if not run.exists(shard.path)], description=what):
+        if reason := worker.work(shard, judge.extractor):
+            raise SystemExit(f"{shard.candidate.trial} cannot be ranked: {reason}")
+    rows = {row["trial"]: row for row in stage.ranking(run, candidates, final, judge, {})["trials"]}
+    ordered = [rows[candidate.trial] for candidate in candidates]
+    return {
+        "score": np.array([row["score"]["mean"] for row in ordered]),
+        "frechet": np.array([row["frechet"]["value"] for row in ordered]),
+    }
+
+
+def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
+    """Kendall's tau and its 95% interval over resampled trials."""
+    rng = np.random.default_rng(0)
+    taus = []
+    for _ in range(RESAMPLES):
+        index = rng.integers(len(a), size=len(a))
+        taus.append(kendalltau(a[index], b[index]).statistic)
+    low, high = np.nanquantile(taus, (0.025, 0.975))
+    return {"tau": round(float(kendalltau(a, b).statistic), 3), "ci": [round(float(low), 3), round(float(high), 3)]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="the folder of a finished run")
+    parser.add_argument("--full-steps", type=int, default=250)
+    parser.add_argument("--full-images", type=int, default=5000)
+    arguments = parser.parse_args()
+    console = Console()
+    config, run, records = open_run(arguments.run)
+    candidates = [Candidate(row.trial, row.checkpoint) for row in records if row.checkpoint and row.state != "failed"]
+    if len(candidates) < MIN_TRIALS:
+        raise SystemExit(f"{arguments.run} has {len(candidates)} checkpoints; at least {MIN_TRIALS} are needed")
+    splits = preflight(config, console)
+    judge = reference.prepare(splits, config.final, cache_folder(), str(default_device()), console.print)
+    if judge is None:
+        raise SystemExit("nothing can judge these images: the data has no labels, so give final.inception_weights")
+
+    def measured(steps: int, images: int) -> dict[str, np.ndarray]:
+        sampler = config.final.sampler.model_copy(update={"steps": steps})
+        final = config.final.model_copy(update={"sampler": sampler, "images": images, "split_size": images})
+        return values(run, candidates, final, judge, f"{steps} steps, {images:,} images")
+
+    full = measured(arguments.full_steps, arguments.full_images)
+    rows = []
+    for steps in (*STEPS, arguments.full_steps):
+        for images in (*IMAGES, arguments.full_images):
+            if (steps, images) != (arguments.full_steps, arguments.full_images):
+                found = measured(steps, images)
+                rows.append(
+                    {"steps": steps, "images": images, **{name: agreement(found[name], full[name]) for name in full}}
+                )
+    table = Table("steps", "images", "score: tau", "95% CI", "Fréchet: tau", "95% CI")
+    for row in rows:
+        cells = [cell for name in ("score", "frechet") for cell in (str(row[name]["tau"]), str(row[name]["ci"]))]
+        table.add_row(str(row["steps"]), f"{row['images']:,}", *cells)
+    console.print(table)
+    setting = {"steps": arguments.full_steps, "images": arguments.full_images}
+    write(
+        "rank_agreement",
+        {
+            **provenance(config.seed),
+            **{"run": Path(arguments.run).name, "trials": len(candidates), "extractor": judge.extractor.name},
+            **{"sampler": config.final.sampler.model_dump(), "full": setting, "agreement": rows},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

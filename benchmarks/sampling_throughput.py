@@ -1,0 +1,136 @@
+"""Sampling beside diffusers' DDPMPipeline and a plain loop that keeps every step, in one run.
+
+    python -m benchmarks.sampling_throughput [--rounds 5] [--steps 10 40 100]
+
+Same U-Net, same number of steps, the three in turn, so that a machine that drifts drifts for all. Peak memory is
+measured in a process of its own for each (a process's peak never falls): on CPU what RSS grew by above the loaded
+model, on a GPU what torch allocated. Medians and ratios go to docs/results.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import provenance, write
+from evaluation.config import SamplerConfig
+from evaluation.sampling import block_seed, sample_block
+from trainer import model, schedules
+from trainer.config import ModelConfig
+
+SHAPE, BATCH = (3, 32, 32), 16
+SMALL = ModelConfig(channels=(32, 64, 64, 64), attention=(False, True, True, True))  # 2.4M, for CPUs
+STUDY = ModelConfig()  # the original study's, 38.4M, for GPUs
+BETAS = schedules.betas("linear", 1e-4, 0.02)
+NAMES = ("ours", "DDPMPipeline", "keeps every step")
+
+
+def samplers(device: torch.device) -> dict[str, Callable[[int], np.ndarray]]:
+    """steps → BATCH images (N, H, W, C) uint8, ancestral sampling all three."""
+    network = model.build(STUDY if device.type == "cuda" else SMALL, SHAPE, 0.0, seed=0).to(device).eval()
+    options = {"trained_betas": BETAS, "timestep_spacing": "trailing", "variance_type": "fixed_small"}
+    pipeline = DDPMPipeline(network, DDPMScheduler(1000, **options))
+    pipeline.set_progress_bar_config(disable=True)
+    scheduler = DDPMScheduler(1000, **options)
+
+    def ours(steps: int) -> np.ndarray:
+        return sample_block(network, BETAS, SHAPE, SamplerConfig(name="ddpm", steps=steps, block_size=BATCH), 0, device)
+
+    def theirs(steps: int) -> np.ndarray:
+        generator = torch.Generator(device).manual_seed(block_seed(0, 0))
+        call = {"batch_size": BATCH, "generator": generator, "num_inference_steps": steps, "output_type": "np"}
+        return (pipeline(**call).images * 255).round().astype(np.uint8)
+
+    @torch.no_grad()
+    def keeps(steps: int) -> np.ndarray:
+        scheduler.set_timesteps(steps)
+        kept = [torch.randn((BATCH, *SHAPE), device=device)]
+        for t in scheduler.timesteps:
+            kept.append(scheduler.step(network(kept[-1], t).sample, t, kept[-1]).prev_sample)
+        images = torch.stack(kept)[-1]
+        return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+    return dict(zip(NAMES, (ours, theirs, keeps), strict=True))
+
+
+def peaks_mib(name: str, rising_steps: list[int], device: torch.device) -> dict[int, float]:
+    """In this process, which does nothing else: above what the model and one short sampling took."""
+    sample = samplers(device)[name]
+    sample(2)
+    gpu = device.type == "cuda"
+    before = torch.cuda.memory_allocated() / 1024 if gpu else resident_peak_kib()
+    peaks = {}
+    for steps in rising_steps:
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        sample(steps)
+        after = torch.cuda.max_memory_allocated() / 1024 if gpu else resident_peak_kib()
+        peaks[steps] = round((after - before) / 1024, 1)
+    return peaks
+
+
+def memory_of(name: str, rising_steps: list[int]) -> dict[str, float]:
+    """`peaks_mib` of a fresh process, for a process's peak never falls."""
+    steps = [str(count) for count in rising_steps]
+    command = (sys.executable, "-m", "benchmarks.sampling_throughput", "--memory-of", name, "--steps", *steps)
+    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+
+
+def resident_peak_kib() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, nargs="+", default=[10, 40, 100])
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.memory_of:
+        print(json.dumps(peaks_mib(arguments.memory_of, sorted(arguments.steps), device)))
+        return
+
+    drawing, steps = samplers(device), arguments.steps[0]
+    difference = np.abs(drawing["DDPMPipeline"](5).astype(int) - drawing["ours"](5)).max()
+    assert difference <= 1, f"the images differ by {difference} of 255: not the same work"
+    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+    for name in NAMES:
+        drawing[name](2)
+    for _ in range(arguments.rounds):
+        for name in NAMES:
+            began = time.monotonic()
+            drawing[name](steps)
+            seconds[name].append(time.monotonic() - began)
+    memory = {name: memory_of(name, sorted(arguments.steps)) for name in NAMES}
+    ratios = {
+        name: [theirs / ours for theirs, ours in zip(seconds[name], seconds["ours"], strict=True)] for name in NAMES
+    }
+    result = {
+        **provenance(0),
+        **{"device": device.type, "images": BATCH, "steps_timed": steps, "rounds": arguments.rounds},
+        "images_per_second": {name: round(BATCH / median(seconds[name]), 3) for name in NAMES},
+        "ours_is_faster_by": {name: round(median(ratios[name]), 3) for name in NAMES[1:]},
+        "peak_memory_mib_by_steps": memory,
+        "largest_difference_from_DDPMPipeline": int(difference),
+    }
+    table = Table("", "images/s", *(f"MiB, {count} steps" for count in sorted(arguments.steps)))
+    for name in NAMES:
+        table.add_row(name, f"{result['images_per_second'][name]:.2f}", *map(str, memory[name].values()))
+    Console().print(table)
+    write(f"sampling_throughput_{device.type}", result)
+
+
+if __name__ == "__main__":
+    main()
