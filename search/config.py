@@ -137,6 +137,7 @@ class SearchConfig(Config):
         "train",
         description="train: Ray Train, any number of workers. reuse: trials of one worker in one process, no start-up",
     )
+    trials_per_gpu: int = Field(1, ge=1, description="trials of one worker that share a GPU")
     report_seconds: float = Field(60.0, gt=0, description="longest time between two checkpoints, in whole epochs")
 
     @model_validator(mode="after")

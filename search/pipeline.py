@@ -91,7 +91,7 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.uri + '/tensorboard')}")
         cluster = capacity.read()
         try:
-            at_once = cluster.trials_at_once(config.train.workers)
+            placement = cluster.place(config.train.workers, config.trials_per_gpu)
             judge = _reference(config, splits, console)
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -100,10 +100,10 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         scorer = reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric)
         left = tuner.trials_left(config, records)
         if left:
-            console.print(f"Searching: {left} trials of {config.train.epochs} epochs, {at_once} at once\n")
+            console.print(f"Searching: {left} trials of {config.train.epochs} epochs, {placement.at_once} at once\n")
             view = watch.SearchView(console, records, metric, config.train.epochs, config.trials)
             with view.shown():
-                tuner.search(config, run, records, metric, scorer, at_once, cluster.use_gpu, view.changed)
+                tuner.search(config, run, records, metric, scorer, placement, view.changed)
             console.print(view.summary())
             table = watch.trials_table(records, metric, config.train.epochs)
             console.print(table, *watch.reasons(records), "", sep="\n")

@@ -8,6 +8,7 @@ from typing import Any
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from cluster import capacity
 from evaluation.rung import RungScorer
 from trainer.config import TrainConfig
 from trainer.storage import Storage
@@ -22,7 +23,7 @@ class RungReportCallback(TuneReportCallback):
 
 
 def in_ray_train(
-    run: Storage, scorer: RungScorer, rungs: list[int], use_gpu: bool, report_seconds: float
+    run: Storage, scorer: RungScorer, rungs: list[int], worker: dict[str, float], report_seconds: float
 ) -> Callable[[dict[str, Any]], None]:
     """The function that Tune runs for each trial, whose config is {trial, train}: Ray Train with its worker group."""
 
@@ -34,14 +35,16 @@ def in_ray_train(
             # Written, and perhaps not reported before a crash: training goes on from here, and never comes here again.
             tune.report({**found[1].meta["metrics"], "checkpoint_path": found[0].root})
         del found
+        training = TrainConfig.model_validate(config["train"])
         ray_worker.fit(
-            TrainConfig.model_validate(config["train"]),
+            training,
             name=config["trial"],
             run=run,
             score=scorer,
             rungs=rungs,
             callbacks=[RungReportCallback()],
-            use_gpu=use_gpu,
+            worker=worker,
+            strategy=capacity.read().strategy(training.workers),  # of the nodes that there are by now
             report_seconds=report_seconds,
         )
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from ray.tune import Callback
+from ray.tune.search import ConcurrencyLimiter
 
+from cluster import capacity
+from cluster.capacity import Placement
 from evaluation.rung import RungScorer
 from search import trial
 from search.config import SearchConfig
@@ -21,6 +25,7 @@ from search.searcher import HonestOptunaSearch
 from trainer.storage import Storage
 
 JOURNAL = "study.journal"
+ROOM_SECONDS = 5.0
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial's report has no score
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the training writes its own TensorBoard events
@@ -41,8 +46,7 @@ def search(
     records: Records,
     metric: str,
     scorer: RungScorer,
-    at_once: int,
-    use_gpu: bool,
+    placement: Placement,
     changed: Callable[[], None],
 ) -> None:
     """Runs the search to the end of its budget. changed() is called in this process as trials come on.
@@ -55,23 +59,24 @@ def search(
     os.environ |= TUNE_ENVIRONMENT
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     journal = _fresh_journal(run)
-    watcher = _Watcher(run, journal, changed)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
+    searcher = HonestOptunaSearch(config, metric, records, storage)
+    limiter = ConcurrencyLimiter(searcher, max_concurrent=placement.at_once)  # as max_concurrent_trials makes it
+    watcher = _Watcher(run, journal, changed, lambda: _make_room(limiter, config))
     rungs = config.rung_epochs()
     if config.runner == "reuse":
         run_trial = trial.in_reused_process(run, scorer, rungs, config.report_seconds)
-        resources: dict[str, float] = {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1}
+        resources = placement.worker
     else:
-        run_trial = trial.in_ray_train(run, scorer, rungs, use_gpu, config.report_seconds)
+        run_trial = trial.in_ray_train(run, scorer, rungs, placement.worker, config.report_seconds)
         # Ray Train reserves the workers; the trial's own process waits, and must fit beside them on any node.
         resources = {"memory": 1}
     tuner = tune.Tuner(
         tune.with_resources(run_trial, resources),
         tune_config=tune.TuneConfig(
-            search_alg=HonestOptunaSearch(config, metric, records, storage),
+            search_alg=limiter,
             scheduler=RungScheduler(config.early_stopping, metric, rungs, config.train.epochs, records),
             num_samples=left,
-            max_concurrent_trials=at_once,
             reuse_actors=config.runner == "reuse",
             trial_dirname_creator=lambda trial: trial.config["trial"],
         ),
@@ -90,6 +95,12 @@ def search(
         raise KeyboardInterrupt
 
 
+def _make_room(limiter: ConcurrencyLimiter, config: SearchConfig) -> None:
+    """Nodes come and go: so many trials are begun as fit by now; those that lost theirs wait for Ray Train."""
+    with contextlib.suppress(ValueError):  # none fits: no other is begun in place of those that wait
+        limiter.max_concurrent = capacity.read().place(config.train.workers, config.trials_per_gpu).at_once
+
+
 def _fresh_journal(run: Storage) -> Path:
     """Where Optuna's journal is written: rebuilt from the record by every driver, and on a local disk, as it needs."""
     folder = Path(run.root) if run.is_local else Path(tempfile.mkdtemp(prefix="ddpm-search-study-"))
@@ -101,12 +112,18 @@ def _fresh_journal(run: Storage) -> Path:
 class _Watcher(Live, Callback):
     """Passes Tune's events on, and copies the study where the run is not on a local disk."""
 
-    def __init__(self, run: Storage, journal: Path, changed: Callable[[], None]):
-        self.run, self.journal, self.changed = run, journal, changed
+    def __init__(self, run: Storage, journal: Path, changed: Callable[[], None], room: Callable[[], None]):
+        self.run, self.journal, self.changed, self.room = run, journal, changed, room
+        self.looked = 0.0
 
     def copy_journal(self) -> None:
         if not self.run.is_local and self.journal.exists():
             self.run.write(JOURNAL, self.journal.read_bytes())
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() - self.looked > ROOM_SECONDS:
+            self.looked = time.monotonic()
+            self.room()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.changed()

@@ -28,13 +28,15 @@ def fit(
     score: loop.Scorer | None = None,
     rungs: Collection[int] = (),
     callbacks: Collection[UserCallback] = (),
-    use_gpu: bool = False,
+    worker: dict[str, float] | None = None,
+    strategy: str = "PACK",
     report_seconds: float = 60.0,
 ) -> dict[str, Any]:
     """Trains in `config.workers` processes and returns the last reported metrics.
 
     Checkpoints go to RUN/train/<name>; the same name goes on from the newest whole one there. A worker that dies
-    is replaced, up to three times. Metrics hold `failure` where training cannot go on: see TrainingFailedError.
+    is replaced, up to three times. `worker` is what each reserves, such as {"CPU": 1, "GPU": 1}. Metrics
+    hold `failure` where training cannot go on: see TrainingFailedError.
     """
     trainer = ray.train.torch.TorchTrainer(
         _train_on_worker,
@@ -47,7 +49,12 @@ def fit(
             "report_seconds": report_seconds,
         },
         torch_config=ray.train.torch.TorchConfig(timeout_s=config.hang_seconds),
-        scaling_config=ray.train.ScalingConfig(num_workers=config.workers, use_gpu=use_gpu, placement_strategy="PACK"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.workers,
+            use_gpu="GPU" in (worker or {}),
+            resources_per_worker=worker,
+            placement_strategy=strategy,
+        ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=run.at("train").root,
