@@ -2,15 +2,19 @@
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+import yaml
 from rich.console import Console
 
 if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
     from cluster.doctor import Finding
     from search.config import SearchConfig
 
@@ -111,3 +115,89 @@ def _weights(settings: "SearchConfig | None") -> "Iterator[Finding]":
         yield Finding("weights", "this machine", "fail", str(error), "give final.inception_weights the right file")
     else:
         yield Finding("weights", "this machine", "pass", f"{path} is torch-fidelity's")
+
+
+Dashboard = Annotated[str, typer.Option(help="The head's dashboard, perhaps through an ssh tunnel.")]
+HERE = "http://127.0.0.1:8265"
+
+
+@app.command("submit")
+def submit_(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file, or a shipped name.")] = None,
+    set_: Set = None,
+    name: Annotated[str | None, typer.Option(help="The run's name; its folder is STORAGE/NAME.")] = None,
+    storage: Annotated[str, typer.Option(help="A folder of every node, or s3://bucket/folder.")] = "",
+    resume: Annotated[str | None, typer.Option(metavar="PATH", help="Go on with the run there instead.")] = None,
+    dashboard: Dashboard = HERE,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for its end.")] = False,
+) -> None:
+    """Run a search as a Ray job, which goes on where this machine goes away. Prints its log to its end."""
+    from search import config as configuration
+    from search.config import UserError
+
+    if (config is None) == (resume is None):
+        raise UserError("cluster submit takes either CONFIG, or --resume PATH")
+    place = resume or storage
+    if "://" not in place and not Path(place).is_absolute():
+        raise UserError(
+            f"a job runs on the cluster: --storage must be an absolute folder there that all nodes share, or an "
+            f"address such as s3://bucket/folder, but is {place!r}"
+        )
+
+    from cluster import submit
+
+    jobs = submit.client(dashboard)
+    with tempfile.TemporaryDirectory() as scratch:
+        command = ["resume", place, "--address", "auto"]
+        called = Path(place).name
+        if config is not None:
+            tree = configuration.read(config, set_ or [])
+            called = tree["name"] = name or tree["name"]
+            settings = configuration.parse(tree, config)
+            Path(scratch, "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+            command = ["run", "config.yaml", "--name", called, "--storage", place, "--address", "auto"]
+        job = submit.submit(jobs, command, Path(scratch), called)
+    again = f"--dashboard {dashboard}"
+    console.print(f"Job:    {job}")
+    console.print(f"Status: ddpm-search cluster status {job} {again}")
+    console.print(f"Log:    ddpm-search cluster logs {job} {again}")
+    if not detach:
+        _follow(jobs, job)
+
+
+@app.command("status")
+def status_(
+    job: Annotated[str, typer.Argument(metavar="JOB")], dashboard: Dashboard = HERE, as_json: Json = False
+) -> None:
+    """What became of a job. Exit status 1 where it failed."""
+    from cluster import submit
+
+    state = submit.state(submit.client(dashboard), job)
+    print(json.dumps(state, indent=2) if as_json else f"{state['status']}: {state['message']}")
+    if state["status"] == "FAILED":
+        raise SystemExit(1)
+
+
+@app.command("logs")
+def logs_(job: Annotated[str, typer.Argument(metavar="JOB")], dashboard: Dashboard = HERE) -> None:
+    """A job's log, followed to its end."""
+    from cluster import submit
+
+    jobs = submit.client(dashboard)
+    submit.state(jobs, job)
+    _follow(jobs, job)
+
+
+def _follow(jobs: "JobSubmissionClient", job: str) -> None:
+    from cluster import submit
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    try:
+        succeeded = submit.follow(jobs, job, write)
+    except KeyboardInterrupt:
+        print(f"\nThe job goes on; see it again with: ddpm-search cluster logs {job}", file=sys.stderr)
+        raise
+    if not succeeded:
+        raise SystemExit(1)

@@ -32,6 +32,7 @@ class RayNodes:
         self.environment = {
             **os.environ,
             "HOME": str(home),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_TMPDIR": str(temporary),  # Ray's sockets want a short path
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
