@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 import psutil
 import ray
+from ray._private import state as ray_state
 from ray.util.state import list_placement_groups
 
 from cluster import nodes
@@ -257,7 +258,8 @@ def check_placement_groups() -> Iterator[Finding]:
         yield Finding("placement groups", "", "warn", f"cannot be listed: {error}", "start the head's dashboard")
         return
     kept = [group for group in groups if group.state != "REMOVED"]
-    left = [group for group in kept if group.creator_job_dead]
+    over = {job["JobID"] for job in ray_state.jobs() if job["IsDead"]}
+    left = [group for group in kept if group.creator_job_id in over]
     if left:
         how = "; ".join(f"ray.util.remove_placement_group of {group.placement_group_id}" for group in left[:3])
         yield Finding("placement groups", "", "fail", f"{len(left)} left by runs that are over", how)

@@ -149,7 +149,7 @@ def submit_(
     jobs = submit.client(dashboard)
     with tempfile.TemporaryDirectory() as scratch:
         command = ["resume", place, "--address", "auto"]
-        called = Path(place).name
+        called = Path(place.partition("?")[0]).name
         if config is not None:
             tree = configuration.read(config, set_ or [])
             called = tree["name"] = name or tree["name"]

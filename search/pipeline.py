@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from cluster import capacity, connect
+from cluster import capacity, connect, nodes
 from evaluation import export, pictures, reference, report, report_figures, stage
 from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
@@ -89,6 +89,8 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         if ray.dashboard:
             console.print(f"Ray dashboard:  http://{ray.dashboard}")
         console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.uri + '/tensorboard')}")
+        if not ray.local:
+            _check_shared(run)
         cluster = capacity.read()
         try:
             placement = cluster.place(config.train.workers, config.trials_per_gpu)
@@ -114,6 +116,18 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
     finish(config, run, records, judge, splits, console)
     if judge is not None and not run.exists(RANKING):
         raise SystemExit(f"ddpm-search: no trial came to a checkpoint: nothing to rank; see {run.uri}/{REPORT}")
+
+
+def _check_shared(run: Storage) -> None:
+    """Raises UserError where a node does not see the run: its trials would train, and be lost."""
+    living = nodes.living()
+    seen = nodes.on_each(living, run.exists, CONFIG)
+    blind = [node.name for node, sees in zip(living, seen, strict=True) if sees is not True]
+    if blind:
+        raise UserError(
+            f"--storage must be shared by all nodes, but {run.uri} is not seen on {', '.join(blind)}; give a folder of "
+            "NFS or s3://bucket/folder, and look with: ddpm-search cluster doctor --storage …"
+        )
 
 
 def evaluate(

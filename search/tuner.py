@@ -20,6 +20,7 @@ from evaluation.rung import RungScorer
 from search import trial
 from search.config import SearchConfig
 from search.early_stopping import RungScheduler
+from search.gauges import Gauges
 from search.records import Live, Records
 from search.searcher import HonestOptunaSearch
 from trainer.storage import Storage
@@ -62,7 +63,7 @@ def search(
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
     searcher = HonestOptunaSearch(config, metric, records, storage)
     limiter = ConcurrencyLimiter(searcher, max_concurrent=placement.at_once)  # as max_concurrent_trials makes it
-    watcher = _Watcher(run, journal, changed, lambda: _make_room(limiter, config))
+    watcher = _Watcher(run, journal, changed, lambda: _make_room(limiter, config), Gauges(config.name, records))
     rungs = config.rung_epochs()
     if config.runner == "reuse":
         run_trial = trial.in_reused_process(run, scorer, rungs, config.report_seconds)
@@ -112,8 +113,10 @@ def _fresh_journal(run: Storage) -> Path:
 class _Watcher(Live, Callback):
     """Passes Tune's events on, and copies the study where the run is not on a local disk."""
 
-    def __init__(self, run: Storage, journal: Path, changed: Callable[[], None], room: Callable[[], None]):
-        self.run, self.journal, self.changed, self.room = run, journal, changed, room
+    def __init__(
+        self, run: Storage, journal: Path, changed: Callable[[], None], room: Callable[[], None], gauges: Gauges
+    ):
+        self.run, self.journal, self.changed, self.room, self.gauges = run, journal, changed, room, gauges
         self.looked = 0.0
 
     def copy_journal(self) -> None:
@@ -124,6 +127,7 @@ class _Watcher(Live, Callback):
         if time.monotonic() - self.looked > ROOM_SECONDS:
             self.looked = time.monotonic()
             self.room()
+            self.gauges.show_states()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.changed()
@@ -132,6 +136,7 @@ class _Watcher(Live, Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         self.changed()
+        self.gauges.show_result(trial.config["trial"], result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.changed()

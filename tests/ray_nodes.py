@@ -36,14 +36,23 @@ class RayNodes:
             "RAY_TMPDIR": str(temporary),  # Ray's sockets want a short path
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_metrics_report_interval_ms": "500",
             "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
             "COLUMNS": "200",
         }
-        self.port, self.dashboard_port = free_port(), free_port()
+        self.port, self.dashboard_port, self.metrics_port = free_port(), free_port(), free_port()
         self.address, self.dashboard = f"127.0.0.1:{self.port}", f"http://127.0.0.1:{self.dashboard_port}"
         self.started: list[psutil.Popen] = []
         self.head = self._start(
-            ("--head", f"--port={self.port}", f"--dashboard-port={self.dashboard_port}"), head_cpus, (), {}
+            (
+                "--head",
+                f"--port={self.port}",
+                f"--dashboard-port={self.dashboard_port}",
+                f"--metrics-export-port={self.metrics_port}",
+            ),
+            head_cpus,
+            (),
+            {},
         )
 
     def add(self, cpus: int, prefix: tuple[str, ...] = (), environment: dict[str, str] | None = None) -> psutil.Popen:

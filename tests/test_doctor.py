@@ -95,6 +95,14 @@ def test_what_is_wrong_with_a_cluster_is_found_and_nothing_else(tmp_path, tmp_pa
         refused = cluster.run("cluster", "capacity", "--address", cluster.address)
         assert refused.returncode == 2
         assert "torch 2.9.0 instead of" in refused.stderr
+        run = ("run", "digits", "--address", cluster.address, "--storage", str(unshared), "--set", "runner=reuse")
+        assert cluster.run(*run).returncode == 2
+        cluster.kill(cluster.started[-1])
+        cluster.add(1, own_disk)
+        refused = cluster.run(*run, timeout=120)
+        assert refused.returncode == 2
+        assert "is not seen on" in refused.stderr
+        assert list(unshared.iterdir()) == [unshared / "digits"]
         taken = cluster.run(
             "cluster", "doctor", "--address", cluster.address, "--storage", f"{older}/torch-2.9.0.dist-info/METADATA"
         )

@@ -79,3 +79,12 @@ def test_the_image_copies_what_there_is_and_has_the_pinned_ray():
     copied = {name for line in lines if line[0] == "COPY" for name in line[2:-1]}
     assert all((ROOT / name).exists() for name in copied)
     assert {"search", "evaluation", "trainer", "cluster", "pyproject.toml", "constraints.txt"} <= copied
+
+
+def test_the_grafana_dashboard_asks_for_metrics_that_there_are():
+    source = (ROOT / "search" / "gauges.py").read_text()
+    ours = set(re.findall(r'Gauge\("(\w+)"', source))
+    dashboard = json.loads((MANIFESTS / "grafana.json").read_text())
+    asked = set(re.findall(r"ray_(ddpm_search_\w+)", json.dumps(dashboard["panels"])))
+    assert asked == ours
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

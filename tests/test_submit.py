@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 import urllib.request
 
 import pytest
@@ -58,6 +59,17 @@ def test_a_dashboard_that_does_not_answer_is_named():
         )
 
 
+def wait_for_metrics(address: str, name: str) -> str:
+    end = time.monotonic() + 150
+    while time.monotonic() < end:
+        with urllib.request.urlopen(address, timeout=30) as answer:
+            text = answer.read().decode()
+        if name in text:
+            return text
+        time.sleep(0.5)
+    raise AssertionError(f"no {name} at {address}")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_submitted_search_runs_on_one_cpu_to_its_end_and_is_seen_in_the_dashboard(tmp_path, tmp_path_factory):
@@ -69,6 +81,9 @@ def test_a_submitted_search_runs_on_one_cpu_to_its_end_and_is_seen_in_the_dashbo
         )
         assert left.returncode == 0, left.stderr
         job = re.search(r"Job: +(\S+)", left.stdout).group(1)
+        seen = wait_for_metrics(f"http://127.0.0.1:{cluster.metrics_port}/metrics", "ddpm_search_rung")
+        for wanted in ("ddpm_search_trials{", "ddpm_search_images_per_second{", 'state="running"', 'metric="frechet"'):
+            assert wanted in seen
         followed = cluster.run("cluster", "logs", job, *asked)
         assert followed.returncode == 0, followed.stdout + followed.stderr
         assert "Searching: 2 trials of 2 epochs, 1 at once" in followed.stdout
