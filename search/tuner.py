@@ -127,7 +127,7 @@ class _Watcher(Live, Callback):
         if time.monotonic() - self.looked > ROOM_SECONDS:
             self.looked = time.monotonic()
             self.room()
-            self.gauges.show_states()
+            self.gauges.show()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.changed()
@@ -136,7 +136,7 @@ class _Watcher(Live, Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         self.changed()
-        self.gauges.show_result(trial.config["trial"], result)
+        self.gauges.note(trial.config["trial"], result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.changed()

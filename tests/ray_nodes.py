@@ -36,7 +36,6 @@ class RayNodes:
             "RAY_TMPDIR": str(temporary),  # Ray's sockets want a short path
             "RAY_AUTH_MODE": "token",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_metrics_report_interval_ms": "500",
             "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
             "COLUMNS": "200",
         }
