@@ -22,7 +22,7 @@ from trainer import checkpoint
 from trainer.storage import Storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-EPOCHS, TRIALS = 8, 2
+EPOCHS, TRIALS = 24, 2
 # Nothing judges these images, so that a search is its trainings alone; a checkpoint every epoch.
 SETTINGS = (
     "runner=train",
@@ -103,8 +103,11 @@ class Search:
 
     def wait_for(self, count: int, process: psutil.Popen) -> None:
         """Until so many epochs are trained in all."""
+        self.wait_until(lambda: sum(map(len, self.epochs().values())) >= count, process)
+
+    def wait_until(self, happened: Callable[[], bool], process: psutil.Popen) -> None:
         end = time.monotonic() + 120
-        while sum(map(len, self.epochs().values())) < count:
+        while not happened():
             assert process.poll() is None, self.log.read_text()
             assert time.monotonic() < end, f"nothing happens: {self.epochs()}\n{self.log.read_text()}"
             time.sleep(0.1)
@@ -124,7 +127,7 @@ class Search:
         rows = list(Records.load(self.place))
         assert [(row.state, row.source, row.epoch) for row in rows] == [("completed", "known", EPOCHS)] * TRIALS, rows
         for row in rows:
-            assert [rung["epoch"] for rung in row.rungs] == [2, 4, 6, 8]
+            assert [rung["epoch"] for rung in row.rungs] == [6, 12, 18, 24]
             assert checkpoint.load(self.place.at(str(row.checkpoint))).meta["epoch"] == EPOCHS
         epochs = self.epochs()
         assert all(set(done) == set(range(1, EPOCHS + 1)) for done in epochs.values()), epochs
@@ -211,11 +214,16 @@ def test_the_head_dies_with_the_driver_and_another_cluster_goes_on(cluster, tmp_
     search.check("the head and the driver; another cluster and resume", capsys)
 
 
-def test_a_worker_and_a_trial_s_own_process_are_killed_in_the_same_moment(cluster, tmp_path, capsys):
-    search = Search(cluster(2), tmp_path)
+def test_a_cluster_grows_and_a_worker_and_a_trial_s_own_process_are_killed_at_once(cluster, tmp_path, capsys):
+    nodes = cluster(1)
+    search = Search(nodes, tmp_path)
     with search.begun(workers=1) as driver:
-        search.wait_for(4, driver)
+        search.wait_for(2, driver)
+        assert [row.state for row in Records.load(search.place)] == ["running"], "there is room for one"
+        nodes.add(1)
+        search.wait_until(lambda: len(search.epochs()) == 2, driver)
+        assert [row.state for row in Records.load(search.place)] == ["running"] * 2, "the new node was not used"
         search.kill("ray::RayTrainWorker")
         search.kill("ray::trial")
         assert driver.wait(150) == 0, search.log.read_text()
-    search.check("a worker and a trial's actor at once", capsys)
+    search.check("a node joins; a worker and a trial's actor at once", capsys)
