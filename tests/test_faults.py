@@ -27,7 +27,6 @@ EPOCHS, TRIALS = 24, 2
 SETTINGS = (
     "runner=train",
     f"trials={TRIALS}",
-    f"train.epochs={EPOCHS}",
     "report_seconds=0.01",
     "early_stopping.scheduler=none",
     "early_stopping.rungs=[0.25, 0.5, 0.75]",
@@ -66,7 +65,8 @@ class Poison:
 class Search:
     """A run of the command line on a cluster, and what it left."""
 
-    def __init__(self, cluster: RayNodes, folder: Path):
+    def __init__(self, cluster: RayNodes, folder: Path, epochs: int = EPOCHS):
+        self.epochs_asked = epochs
         self.cluster, self.place, self.log = cluster, Storage(folder / "runs" / "f"), folder / "log"
         self.faults = 0
         self.began = time.monotonic()
@@ -88,7 +88,11 @@ class Search:
                     process.wait()
 
     def begun(self, workers: int) -> "contextmanager[psutil.Popen]":
-        settings = [part for value in (*SETTINGS, f"train.workers={workers}") for part in ("--set", value)]
+        settings = [
+            part
+            for value in (*SETTINGS, f"train.workers={workers}", f"train.epochs={self.epochs_asked}")
+            for part in ("--set", value)
+        ]
         return self.command("run", "digits", "--name", "f", "--storage", str(Path(self.place.root).parent), *settings)
 
     def epochs(self) -> dict[str, list[int]]:
@@ -125,12 +129,16 @@ class Search:
 
     def check(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
         rows = list(Records.load(self.place))
-        assert [(row.state, row.source, row.epoch) for row in rows] == [("completed", "known", EPOCHS)] * TRIALS, rows
+        assert [(row.state, row.source, row.epoch) for row in rows] == [
+            ("completed", "known", self.epochs_asked)
+        ] * TRIALS, rows
         for row in rows:
-            assert [rung["epoch"] for rung in row.rungs] == [6, 12, 18, 24]
-            assert checkpoint.load(self.place.at(str(row.checkpoint))).meta["epoch"] == EPOCHS
+            assert [rung["epoch"] for rung in row.rungs] == [
+                self.epochs_asked * quarter // 4 for quarter in (1, 2, 3, 4)
+            ]
+            assert checkpoint.load(self.place.at(str(row.checkpoint))).meta["epoch"] == self.epochs_asked
         epochs = self.epochs()
-        assert all(set(done) == set(range(1, EPOCHS + 1)) for done in epochs.values()), epochs
+        assert all(set(done) == set(range(1, self.epochs_asked + 1)) for done in epochs.values()), epochs
         twice = {trial: sum(n - 1 for n in Counter(done).values()) for trial, done in epochs.items()}
         assert all(count <= self.faults for count in twice.values()), f"more than an epoch a fault: {epochs}"
         assert not self.place.exists("lease.json")
@@ -216,7 +224,7 @@ def test_the_head_dies_with_the_driver_and_another_cluster_goes_on(cluster, tmp_
 
 def test_a_cluster_grows_and_a_worker_and_a_trial_s_own_process_are_killed_at_once(cluster, tmp_path, capsys):
     nodes = cluster(1)
-    search = Search(nodes, tmp_path)
+    search = Search(nodes, tmp_path, epochs=80)
     with search.begun(workers=1) as driver:
         search.wait_for(2, driver)
         assert [row.state for row in Records.load(search.place)] == ["running"], "there is room for one"
