@@ -91,7 +91,8 @@ class Storage:
     def write(self, path: str, content: bytes) -> None:
         full = self._full(path)
         parent = full.rsplit("/", 1)[0]
-        self.fs.create_dir(parent, recursive=True)
+        if self.fs.type_name not in ("s3", "gcs"):  # have no folders; marking each would be three requests a write
+            self.fs.create_dir(parent, recursive=True)
         if not self.is_local:
             with self.fs.open_output_stream(full, compression=None) as stream:
                 stream.write(content)
