@@ -21,8 +21,8 @@ from search.records import Records
 from trainer import checkpoint
 from trainer.storage import Storage
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-EPOCHS, TRIALS = 24, 2
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+EPOCHS, TRIALS = 12, 2
 # Nothing judges these images, so that a search is its trainings alone; a checkpoint every epoch.
 SETTINGS = (
     "runner=train",
@@ -47,7 +47,8 @@ from ray.util.state import list_actors, list_placement_groups
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 here = ray.get_runtime_context().gcs_address
 groups = [g.placement_group_id for g in list_placement_groups(address=here) if g.state != "REMOVED"]
-actors = [a.class_name for a in list_actors(address=here) if a.state != "DEAD"]
+KEPT = {"TrainStateActor", "_AutoscalingCoordinatorActor", "DatasetManager"}  # Ray's own, one a cluster
+actors = [a.class_name for a in list_actors(address=here) if a.state != "DEAD" and a.class_name not in KEPT]
 print(json.dumps(groups + actors))
 """
 
@@ -110,7 +111,7 @@ class Search:
         self.wait_until(lambda: sum(map(len, self.epochs().values())) >= count, process)
 
     def wait_until(self, happened: Callable[[], bool], process: psutil.Popen) -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 200
         while not happened():
             assert process.poll() is None, self.log.read_text()
             assert time.monotonic() < end, f"nothing happens: {self.epochs()}\n{self.log.read_text()}"
@@ -178,9 +179,9 @@ def test_a_worker_and_then_the_trial_s_own_process_are_killed(cluster, tmp_path,
     with search.begun(workers=2) as driver:
         search.wait_for(3, driver)
         search.kill("ray::RayTrainWorker")
-        search.wait_for(EPOCHS + 3, driver)
-        search.kill("ray::trial")
-        assert driver.wait(150) == 0, search.log.read_text()
+        search.wait_for(7, driver)
+        search.kill("ray::ImplicitFunc")
+        assert driver.wait(240) == 0, search.log.read_text()
     search.check("kill -9 a worker, later a trial's actor", capsys)
 
 
@@ -192,12 +193,12 @@ def test_a_node_with_one_of_two_workers_dies_and_then_the_driver(cluster, tmp_pa
         nodes.kill(nodes.started[-1])
         search.faults += 1
         nodes.add(1)
-        search.wait_for(EPOCHS + 3, driver)
+        search.wait_for(7, driver)
         os.kill(driver.pid, signal.SIGKILL)
         search.faults += 1
         driver.wait()
     with search.command("resume", search.place.uri) as driver:
-        assert driver.wait(150) == 0, search.log.read_text()
+        assert driver.wait(240) == 0, search.log.read_text()
     search.check("a node with one of two workers; later kill -9 the driver, and resume", capsys)
 
 
@@ -217,7 +218,7 @@ def test_the_head_dies_with_the_driver_and_another_cluster_goes_on(cluster, tmp_
     for file in pickles:
         file.write_bytes(pickle.dumps(Poison(tmp_path / "unpickled")))
     with search.command("resume", search.place.uri) as driver:
-        assert driver.wait(150) == 0, search.log.read_text()
+        assert driver.wait(240) == 0, search.log.read_text()
     assert not (tmp_path / "unpickled").exists()
     search.check("the head and the driver; another cluster and resume", capsys)
 
@@ -232,6 +233,6 @@ def test_a_cluster_grows_and_a_worker_and_a_trial_s_own_process_are_killed_at_on
         search.wait_until(lambda: len(search.epochs()) == 2, driver)
         assert [row.state for row in Records.load(search.place)] == ["running"] * 2, "the new node was not used"
         search.kill("ray::RayTrainWorker")
-        search.kill("ray::trial")
-        assert driver.wait(150) == 0, search.log.read_text()
+        search.kill("ray::ImplicitFunc")
+        assert driver.wait(240) == 0, search.log.read_text()
     search.check("a node joins; a worker and a trial's actor at once", capsys)
