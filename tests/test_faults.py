@@ -159,14 +159,14 @@ class Search:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], RayNodes]]:
-    """cluster(nodes): a head without CPUs, and so many nodes of one CPU."""
+def cluster(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., RayNodes]]:
+    """cluster(nodes, cpus): a head without CPUs, and so many nodes of so many."""
     made: list[RayNodes] = []
 
-    def make(nodes: int) -> RayNodes:
+    def make(nodes: int, cpus: int = 1) -> RayNodes:
         made.append(RayNodes(tmp_path / "home", tmp_path_factory.mktemp("r"), head_cpus=0))
         for _ in range(nodes):
-            made[-1].add(1)
+            made[-1].add(cpus)
         return made[-1]
 
     yield make
@@ -175,7 +175,7 @@ def cluster(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def test_a_worker_and_then_the_trial_s_own_process_are_killed(cluster, tmp_path, capsys):
-    search = Search(cluster(2), tmp_path)
+    search = Search(cluster(1, cpus=2), tmp_path)
     with search.begun(workers=2) as driver:
         search.wait_for(3, driver)
         search.kill("ray::RayTrainWorker")
