@@ -22,7 +22,7 @@ def free_port() -> int:
 class RayNodes:
     """Nodes of a cluster; used in a with block, at whose end all of their processes are killed."""
 
-    def __init__(self, home: Path, temporary: Path, head_cpus: int = 0):
+    def __init__(self, home: Path, temporary: Path, head_cpus: int = 0, options: tuple[str, ...] = ()):
         home.mkdir(exist_ok=True)
         token = home / ".ray" / "auth_token"
         token.parent.mkdir(exist_ok=True)
@@ -52,16 +52,29 @@ class RayNodes:
             head_cpus,
             (),
             {},
+            options,
         )
 
-    def add(self, cpus: int, prefix: tuple[str, ...] = (), environment: dict[str, str] | None = None) -> psutil.Popen:
+    def add(
+        self,
+        cpus: int,
+        prefix: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None,
+        options: tuple[str, ...] = (),
+    ) -> psutil.Popen:
         """One more node; prefix: a command that runs it, such as unshare."""
-        return self._start((f"--address={self.address}",), cpus, prefix, environment or {})
+        return self._start((f"--address={self.address}",), cpus, prefix, environment or {}, options)
 
     def _start(
-        self, how: tuple[str, ...], cpus: int, prefix: tuple[str, ...], environment: dict[str, str]
+        self,
+        how: tuple[str, ...],
+        cpus: int,
+        prefix: tuple[str, ...],
+        environment: dict[str, str],
+        options: tuple[str, ...],
     ) -> psutil.Popen:
         rest = ("--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0", "--block")
+        rest += options
         rest += ("--object-store-memory=80000000", "--dashboard-agent-listen-port=0", f"--num-cpus={cpus}")
         node = psutil.Popen(
             (*prefix, RAY, "start", *how, *rest),

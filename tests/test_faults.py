@@ -163,10 +163,10 @@ def cluster(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """cluster(nodes, cpus): a head without CPUs, and so many nodes of so many."""
     made: list[RayNodes] = []
 
-    def make(nodes: int, cpus: int = 1) -> RayNodes:
-        made.append(RayNodes(tmp_path / "home", tmp_path_factory.mktemp("r"), head_cpus=0))
+    def make(nodes: int, cpus: int = 1, options: tuple[str, ...] = ()) -> RayNodes:
+        made.append(RayNodes(tmp_path / "home", tmp_path_factory.mktemp("r"), head_cpus=0, options=options))
         for _ in range(nodes):
-            made[-1].add(cpus)
+            made[-1].add(cpus, options=options)
         return made[-1]
 
     yield make
@@ -200,6 +200,22 @@ def test_a_node_with_one_of_two_workers_dies_and_then_the_driver(cluster, tmp_pa
     with search.command("resume", search.place.uri) as driver:
         assert driver.wait(240) == 0, search.log.read_text()
     search.check("a node with one of two workers; later kill -9 the driver, and resume", capsys)
+
+
+def test_a_node_with_only_a_trial_s_own_process_dies(cluster, tmp_path, capsys):
+    nodes = cluster(1, options=("--memory=0",))  # a trial's own process reserves memory: it finds room on the next node
+    nodes.add(0)
+    search = Search(nodes, tmp_path)
+    with search.begun(workers=1) as driver:
+        search.wait_for(3, driver)
+        titles = [" ".join(process.cmdline()) for process in nodes.started[-1].children(recursive=True)]
+        assert any("ray::ImplicitFunc" in title for title in titles)
+        assert not any("ray::RayTrainWorker" in title for title in titles)
+        nodes.kill(nodes.started[-1])
+        search.faults += 1
+        nodes.add(0)
+        assert driver.wait(240) == 0, search.log.read_text()
+    search.check("a node with only a trial's own process", capsys)
 
 
 def test_the_head_dies_with_the_driver_and_another_cluster_goes_on(cluster, tmp_path, capsys):
