@@ -108,11 +108,11 @@ class RayNodes:
             if node.is_running():
                 self.kill(node)
 
-    def run(self, *command: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str, timeout: float = 240, home: Path | None = None) -> subprocess.CompletedProcess[str]:
         """The command line, as a user of this cluster has it."""
         return subprocess.run(
             (sys.executable, "-m", "search.cli", *command),
-            env=self.environment,
+            env=self.environment | ({"HOME": str(home)} if home else {}),
             capture_output=True,
             text=True,
             timeout=timeout,

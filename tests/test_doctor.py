@@ -72,6 +72,10 @@ def test_what_is_wrong_with_a_cluster_is_found_and_nothing_else(tmp_path, tmp_pa
     if subprocess.run((*own_disk, "true"), check=False).returncode:
         pytest.skip("needs the right to mount")
     with RayNodes(tmp_path / "home", tmp_path_factory.mktemp("r"), head_cpus=1) as cluster:
+        stranger = cluster.run("cluster", "capacity", "--address", cluster.address, home=tmp_path)
+        assert stranger.returncode == 2
+        assert "asks for another token" in stranger.stderr
+
         good = cluster.run(
             "cluster", "doctor", "digits", "--address", cluster.address, "--storage", str(unshared), "--json"
         )
