@@ -119,9 +119,9 @@ def _join(address: str, quiet: dict[str, Any]) -> Any:
         if "ersion mismatch" in str(error):
             raise ConnectError(f"--address {address}: {error}; install the cluster's versions here") from error
         raise ConnectError(
-            f"no Ray cluster answers at --address {address}: {error}; where one is there, it asks for another token: copy "
-            "the head's ~/.ray/auth_token here. Start one with `ray start --head`, or leave --address out to use this "
-            "machine"
+            f"no Ray cluster answers at --address {address}: {error}; where there is one, it asks for another token: "
+            "copy the head's ~/.ray/auth_token here. Start one with `ray start --head`, or leave --address out to use "
+            "this machine"
         ) from error
 
 
