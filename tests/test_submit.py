@@ -17,7 +17,7 @@ SMALL = (
     "runner=train",
     "trials=2",
     "known_points=[{family: linear, start: 1.0e-4, end: 0.02}]",
-    "train.epochs=30",
+    "train.epochs=15",
     "train.model.channels=[8, 16]",
     "train.model.attention=[false, true]",
     "train.model.attention_head_dim=8",
@@ -87,12 +87,14 @@ def test_a_submitted_search_runs_on_one_cpu_to_its_end_and_is_seen_in_the_dashbo
         )  # fmt: skip
         followed = cluster.run("cluster", "logs", job, *asked)
         assert followed.returncode == 0, followed.stdout + followed.stderr
-        assert "Searching: 2 trials of 30 epochs, 1 at once" in followed.stdout
+        assert "Searching: 2 trials of 15 epochs, 1 at once" in followed.stdout
         assert "Winner:" in followed.stdout
         state = json.loads(cluster.run("cluster", "status", job, *asked, "--json").stdout)
         assert state["status"] == "SUCCEEDED"
         run = Storage(runs / "job")
-        assert [row.state for row in Records.load(run)] == ["completed"] * 2
+        states = [row.state for row in Records.load(run)]
+        assert len(states) == 2
+        assert set(states) <= {"completed", "stopped"}
         assert not run.exists("lease.json")
 
         token = (tmp_path / "home" / ".ray" / "auth_token").read_text()
