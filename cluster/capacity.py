@@ -1,6 +1,7 @@
-"""Nodes, CPUs and GPUs → how many trials run at once."""
+"""Nodes, CPUs and GPUs → how many trials run at once, and how their workers are placed."""
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import ray
 
@@ -14,8 +15,16 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """Trials at once, and what each of a trial's workers reserves."""
+
+    at_once: int
+    worker: dict[str, float]
+
+
+@dataclass(frozen=True)
 class Capacity:
-    """What a cluster can hold. `slots` counts workers: a GPU each where there are GPUs, else a CPU each."""
+    """What a cluster can hold. Slots count workers: a GPU (or a share of one) each where there are GPUs, else a CPU."""
 
     nodes: tuple[Node, ...]
 
@@ -23,31 +32,50 @@ class Capacity:
     def use_gpu(self) -> bool:
         return any(node.gpus >= 1 for node in self.nodes)
 
-    def slots(self) -> list[int]:
-        """Workers that each node holds."""
+    def slots(self, per_gpu: int = 1) -> list[int]:
+        """Workers that each node holds, where so many share a GPU. Every worker has a CPU."""
         if self.use_gpu:
-            return [int(min(node.gpus, node.cpus)) for node in self.nodes]
+            return [int(min(int(node.gpus) * per_gpu, node.cpus)) for node in self.nodes]
         return [int(node.cpus) for node in self.nodes]
 
-    def trials_at_once(self, workers: int) -> int:
-        """Trials of so many workers that fit at once, each on one node where a node is large enough.
+    def strategy(self, workers: int) -> Literal["STRICT_PACK", "PACK"]:
+        """Ray's word for how one trial's workers are laid: on one node wherever any node is large enough."""
+        return "STRICT_PACK" if max(self.slots(), default=0) >= workers else "PACK"
 
-        Raises ValueError where not even one fits.
+    def trials_at_once(self, workers: int) -> int:
+        return self.place(workers).at_once
+
+    def place(self, workers: int, per_gpu: int = 1) -> Placement:
+        """How many trials of so many workers run at once, none spread where a node is large enough.
+
+        Raises ValueError where not even one fits, or where workers of one trial would share a GPU.
         """
-        slots = self.slots()
+        if per_gpu > 1 and workers > 1:
+            raise ValueError(
+                f"trials_per_gpu above 1 needs train.workers: 1, for NCCL wants a whole GPU for every worker, "
+                f"but trials_per_gpu is {per_gpu} and train.workers {workers}"
+            )
+        slots = self.slots(per_gpu)
+        worker = {"CPU": 1.0, "GPU": 1.0 / per_gpu} if self.use_gpu else {"CPU": 1.0}
         packed = sum(count // workers for count in slots)
         if packed:
-            return packed
+            return Placement(packed, worker)
         if sum(slots) < workers:
             what = "GPUs" if self.use_gpu else "CPUs"
             raise ValueError(
                 f"train.workers must fit the cluster, which has {what} for {sum(slots)}, but is {workers}; "
                 f"set train.workers to {max(sum(slots), 1)} or add nodes"
             )
-        return sum(slots) // workers  # larger than any node: spread
+        return Placement(sum(slots) // workers, worker)  # larger than any node: spread
+
+
+def trials_per_gpu(peak_bytes: int, total_bytes: int) -> int:
+    """Trials that share a GPU, by one's measured peak; a tenth of the memory is left for fragments and the driver."""
+    assert peak_bytes > 0
+    return max(1, int(0.9 * total_bytes / peak_bytes))
 
 
 def read() -> Capacity:
-    """The capacity of the cluster that this process is connected to."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    """The capacity of the cluster that this process is connected to, as it is now."""
+    nodes: list[dict[str, Any]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Capacity(tuple(Node(float(r.get("CPU", 0)), float(r.get("GPU", 0))) for r in nodes))

@@ -1,13 +1,20 @@
-"""A local Ray with safe defaults, or the one at an address."""
+"""A local Ray with safe defaults, or the one at an address, which is sent this code."""
 
 import contextlib
+import importlib.metadata
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import ray
+from ray._private import ray_constants
+
+from cluster import nodes
 
 # Read where Train's controller runs. Reports would otherwise wait for its poll every 2 s.
 ENVIRONMENT = {
@@ -18,6 +25,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "300",
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",
 }
+PACKAGES = ("search", "evaluation", "trainer", "cluster")
 
 
 @dataclass(frozen=True)
@@ -29,34 +37,107 @@ class Connection:
 
 
 class ConnectError(Exception):
-    """No Ray at the address; the message says what to do."""
+    """No Ray at the address, or one that cannot be used; the message says what to do."""
+
+
+def runtime_env() -> dict[str, Any]:
+    """What nodes are sent: these packages and their version, some 100 kB; and the environment of Ray Train."""
+    root = Path(__file__).parents[1]
+    sent = [root / package for package in PACKAGES]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # checkpoints note the version
+        version = importlib.metadata.version("ddpm-search")
+        sent.append(
+            Path(str(importlib.metadata.distribution("ddpm-search").locate_file(f"ddpm_search-{version}.dist-info")))
+        )
+    return {
+        "py_modules": [str(folder) for folder in sent if folder.is_dir()],
+        "excludes": ["__pycache__"],
+        "env_vars": ENVIRONMENT,
+    }
 
 
 @contextlib.contextmanager
-def connected(address: str | None = None) -> Iterator[Connection]:
+def connected(address: str | None = None, check_versions: bool = True) -> Iterator[Connection]:
     """Connects for the length of a with block; a local Ray is stopped at its end.
 
-    address: None or "local" starts a Ray on this machine, reachable from nowhere else; "auto" or HOST:PORT joins one
-    that runs. Raises ConnectError.
+    address: None or "local" starts a Ray on this machine; "auto" or HOST:PORT joins one that runs.
+    Raises ConnectError where there is none, or where its nodes have other versions than this process.
     """
     local = address in (None, "local")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if local:
         os.environ |= ENVIRONMENT | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-        context = ray.init(address="local", include_dashboard=True, dashboard_host="127.0.0.1", **quiet)
+        _keep_token_private()
+        with _on_loopback():
+            context = ray.init(address="local", include_dashboard=True, dashboard_host="127.0.0.1", **quiet)
     else:
-        _check_answers(str(address))
-        try:
-            context = ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT}, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConnectError(
-                f"no Ray cluster answers at --address {address}: {error}; start one with `ray start --head`, "
-                "or leave --address out to use this machine"
-            ) from error
+        context = _join(str(address), quiet)
     try:
+        if check_versions and not local:
+            _check_versions()
         yield Connection(dashboard=context.dashboard_url or "", local=local)
     finally:
         ray.shutdown()
+
+
+def _keep_token_private() -> None:
+    """Ray would write its token for every user of the machine to read."""
+    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    token.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        token.touch(0o600, exist_ok=False)
+        token.write_text(secrets.token_hex(32))
+    with contextlib.suppress(PermissionError):  # another user's, shared knowingly
+        token.chmod(0o600)
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A Ray that is started in this block listens on 127.0.0.1 alone, as Ray does by itself on macOS.
+
+    Elsewhere it listens on every address. Read when Ray starts; the variable of the same use, at its import.
+    """
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _join(address: str, quiet: dict[str, Any]) -> Any:
+    _check_answers(address)
+    # A driver that `cluster submit` started has it from the job already.
+    env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else runtime_env()
+    try:
+        return ray.init(address=address, runtime_env=env, **quiet)
+    except ray.exceptions.AuthenticationError as error:
+        raise ConnectError(
+            f"the cluster at --address {address} asks for another token than this machine has; copy the head's "
+            "~/.ray/auth_token here, or set RAY_AUTH_TOKEN_PATH"
+        ) from error
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if "ersion mismatch" in str(error):
+            raise ConnectError(f"--address {address}: {error}; install the cluster's versions here") from error
+        raise ConnectError(
+            f"no Ray cluster answers at --address {address}: {error}; where there is one, it asks for another token: "
+            "copy the head's ~/.ray/auth_token here. Start one with `ray start --head`, or leave --address out to use "
+            "this machine"
+        ) from error
+
+
+def _check_versions() -> None:
+    here, found = nodes.versions(), nodes.living()
+    wrong = []
+    for node, there in zip(found, nodes.on_each(found, nodes.versions), strict=True):
+        if isinstance(there, Exception):
+            wrong.append(f"{node.name} cannot run this code ({there})")
+        elif different := nodes.differences(here, there):
+            wrong.append(f"{node.name} has {different}")
+    if wrong:
+        raise ConnectError(
+            f"every node must have the versions of this machine, but {'; '.join(wrong)}; "
+            "install the same everywhere, then look with: ddpm-search cluster doctor"
+        )
 
 
 def _check_answers(address: str) -> None:

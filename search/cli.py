@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from search import cluster_verbs
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -19,8 +21,7 @@ app = typer.Typer(
 )
 schedule_app = typer.Typer(no_args_is_help=True, help="A noise schedule as numbers or as a picture.")
 app.add_typer(schedule_app, name="schedule")
-cluster_app = typer.Typer(no_args_is_help=True, help="The cluster that trials run on.")
-app.add_typer(cluster_app, name="cluster")
+app.add_typer(cluster_verbs.app, name="cluster")
 
 # A piped table is for a file or a pager: wide, not cut to the 80 columns that rich assumes.
 console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
@@ -273,21 +274,6 @@ def schedule_compare(
 
     verbs.compare_schedules(schedules or [], steps, out)
     console.print(f"Written: {out}")
-
-
-@cluster_app.command("capacity")
-def cluster_capacity(
-    workers: Annotated[int, typer.Option(min=1, help="Workers a trial.")] = 1, address: Address = "local"
-) -> None:
-    """How many trials the cluster holds at once."""
-    from cluster import capacity, connect
-
-    with connect.connected(address):
-        cluster = capacity.read()
-        what = "GPU" if cluster.use_gpu else "CPU"
-        for index, slots in enumerate(cluster.slots()):
-            console.print(f"node {index}: {slots} workers, one {what} each")
-        console.print(f"{cluster.trials_at_once(workers)} trials of {workers} workers at once")
 
 
 def main() -> None:

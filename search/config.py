@@ -218,6 +218,7 @@ class SearchConfig(Config):
         "train",
         description="train: Ray Train, any number of workers. reuse: trials of one worker in one process, no start-up",
     )
+    trials_per_gpu: int = Field(1, ge=1, description="trials of one worker that share a GPU")
 
     @model_validator(mode="after")
     def _runner_fits(self) -> "SearchConfig":

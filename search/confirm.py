@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 
+from cluster.capacity import Placement
 from evaluation.rung import RungScorer
 from evaluation.stage import Candidate
 from search import budget, tuner
@@ -25,8 +26,7 @@ def train_again(
     run: Storage,
     chosen: Sequence[Row],
     scorer: RungScorer,
-    at_once: int,
-    use_gpu: bool,
+    placement: Placement,
     console: Console,
     interrupt: Interrupt,
 ) -> tuple[list[Candidate], dict[str, str]]:
@@ -44,7 +44,7 @@ def train_again(
     elif left and rest is not None:
         allowed = budget.Budget(rest, run.at(FOLDER), records)
         console.print(f"Confirming {', '.join(row.trial for row in chosen)}: {left} trainings from new seeds\n")
-        tuner.search(settings, run.at(FOLDER), records, scorer, at_once, use_gpu, allowed, interrupt, console)
+        tuner.search(settings, run.at(FOLDER), records, scorer, placement, allowed, interrupt, console)
     done = {row.trial: row for row in all_rows(run, ()) if row.trial in parents}
     candidates = [Candidate(row.trial, row.checkpoint or "", parents[row.trial]) for row in done.values()]
     unfinished = [row for row in done.values() if row.state != "completed" or not row.checkpoint]

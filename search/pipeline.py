@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from cluster import capacity, connect
+from cluster import capacity, connect, nodes
+from cluster.capacity import Placement
 from evaluation import events, export, pictures, reference, report, stage
 from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
@@ -102,15 +103,15 @@ def dry_run(
     """What a run would do and cost, measured in a few steps where a trial would run. Writes nothing into `run`."""
     with connect.connected(address):
         cluster = capacity.read()
-        judge, scorer, at_once = _prepare(config, splits, cluster, console)
+        judge, scorer, placement = _prepare(config, splits, cluster, console)
         with console.status("timing a few steps"):
             measured = plan.measure_on_cluster(config, scorer, cluster.use_gpu)
     images, train = len(splits.train), config.train
-    forecast = plan.forecast(config, measured, images, at_once, sum(cluster.slots()))
+    forecast = plan.forecast(config, measured, images, placement.at_once, sum(cluster.slots()))
     return plan.describe(config, scorer.metric) | {
         "run": run.uri,
         "trials": config.trials,
-        "trials_at_once": at_once,
+        "trials_at_once": placement.at_once,
         "epochs": train.epochs,
         "steps": data.epoch_end(train.epochs, images, train.batch_size),
         "rungs": config.rung_epochs(),
@@ -124,16 +125,16 @@ def dry_run(
 
 def _prepare(
     config: SearchConfig, splits: Splits, cluster: capacity.Capacity, console: Console
-) -> tuple[Reference | None, RungScorer, int]:
-    """What judges the images, what scores a rung (and by what trials are stopped), and how many trials run at once."""
+) -> tuple[Reference | None, RungScorer, Placement]:
+    """What judges the images, what scores a rung (and by what trials are stopped), and how trials are placed."""
     try:
-        at_once = cluster.trials_at_once(config.train.workers)
+        placement = cluster.place(config.train.workers, config.trials_per_gpu)
         judge = _reference(config, splits, console)
     except ValueError as error:
         raise UserError(str(error)) from error
     metric = choose_metric(config, judge, console)
     settings = config.early_stopping
-    return judge, reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric), at_once
+    return judge, reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric), placement
 
 
 def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
@@ -149,15 +150,18 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         if ray.dashboard:
             console.print(f"Ray dashboard:  http://{ray.dashboard}")
         console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.uri + '/tensorboard')}")
+        if not ray.local:
+            _check_shared(run)
         cluster = capacity.read()
-        judge, scorer, at_once = _prepare(config, splits, cluster, console)
+        judge, scorer, placement = _prepare(config, splits, cluster, console)
         left = tuner.trials_left(config, records)
         if left:
+            at_once = placement.at_once
             needed = disk.disk_bytes(config, disk.expected_checkpoint_bytes(config, splits.train.shape), at_once)
             if not len(records) and (warning := disk.shortage(needed, run)):
                 console.print(warning)
             console.print(f"Searching: {left} trials of {config.train.epochs} epochs, {at_once} at once\n")
-            ended = tuner.search(config, run, records, scorer, at_once, cluster.use_gpu, allowed, interrupt, console)
+            ended = tuner.search(config, run, records, scorer, placement, allowed, interrupt, console)
             console.print(f"The search ended: {ended}.")
             table = watch.trials_table(records, scorer.metric, config.train.epochs)
             console.print(table, *watch.reasons(records), "", sep="\n")
@@ -168,6 +172,18 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
     finish(config, run, records, judge, splits, console)
     if judge is not None and not run.exists(RANKING):
         raise SystemExit(f"ddpm-search: no trial came to a checkpoint: nothing to rank; see {run.uri}/{REPORT}")
+
+
+def _check_shared(run: Storage) -> None:
+    """Raises UserError where a node does not see the run: its trials would train, and be lost."""
+    living = nodes.living()
+    seen = nodes.on_each(living, run.exists, CONFIG)
+    blind = [node.name for node, sees in zip(living, seen, strict=True) if sees is not True]
+    if blind:
+        raise UserError(
+            f"--storage must be shared by all nodes, but {run.uri} is not seen on {', '.join(blind)}; give a folder of "
+            "NFS or s3://bucket/folder, and look with: ddpm-search cluster doctor --storage …"
+        )
 
 
 def evaluate(
@@ -196,9 +212,9 @@ def evaluate(
     result = ranking()
     best = [row["trial"] for row in result["trials"] if row["rank"]][: config.final.confirm.top]
     if best:
-        at_once = cluster.trials_at_once(config.train.workers)
+        placement = cluster.place(config.train.workers, config.trials_per_gpu)
         chosen = [records[trial] for trial in best]
-        repeats, failed = confirm.train_again(config, run, chosen, scorer, at_once, cluster.use_gpu, console, interrupt)
+        repeats, failed = confirm.train_again(config, run, chosen, scorer, placement, console, interrupt)
         candidates += repeats
         notes.update(failed)
         result = ranking()

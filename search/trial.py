@@ -8,6 +8,7 @@ from typing import Any
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from cluster import capacity
 from evaluation.rung import RungScorer
 from search.disk import DISK_FULL
 from trainer.config import TrainConfig
@@ -22,7 +23,9 @@ class RungReportCallback(TuneReportCallback):
             super().after_report(run_context, metrics, checkpoint)
 
 
-def in_ray_train(run: Storage, scorer: RungScorer, rungs: list[int], use_gpu: bool) -> Callable[[dict[str, Any]], None]:
+def in_ray_train(
+    run: Storage, scorer: RungScorer, rungs: list[int], worker: dict[str, float]
+) -> Callable[[dict[str, Any]], None]:
     """The function that Tune runs for each trial, whose config is {trial, train}: Ray Train with its worker group."""
 
     def trial(config: dict[str, Any]) -> None:
@@ -33,14 +36,16 @@ def in_ray_train(run: Storage, scorer: RungScorer, rungs: list[int], use_gpu: bo
             # Written, and perhaps not reported before a crash: training goes on from here, and never comes here again.
             tune.report({**found[1].meta["metrics"], "checkpoint_path": found[0].root})
         del found
+        training = TrainConfig.model_validate(config["train"])
         ray_worker.fit(
-            TrainConfig.model_validate(config["train"]),
+            training,
             name=config["trial"],
             run=run,
             score=scorer,
             rungs=rungs,
             callbacks=[RungReportCallback()],
-            use_gpu=use_gpu,
+            worker=worker,
+            strategy=capacity.read().strategy(training.workers),  # of the nodes that there are by now
         )
 
     return trial

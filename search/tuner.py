@@ -3,6 +3,7 @@
 import contextlib
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from ray.tune import Callback, Stopper
+from ray.tune.search import ConcurrencyLimiter
 from rich.console import Console
 
+from cluster import capacity
+from cluster.capacity import Placement
 from evaluation.rung import RungScorer
 from search import trial
 from search.budget import Budget
 from search.config import SearchConfig
 from search.disk import keep_what_is_asked_for
 from search.early_stopping import RungScheduler
+from search.gauges import Gauges
 from search.interrupt import Interrupt
 from search.records import ENDED, Live, Records
 from search.searcher import HonestOptunaSearch
@@ -26,6 +31,7 @@ from search.watch import SearchView
 from trainer.storage import Storage
 
 JOURNAL = "study.journal"
+ROOM_SECONDS = 5.0
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a failed trial's report has no score
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the training writes its own TensorBoard events
@@ -45,8 +51,7 @@ def search(
     run: Storage,
     records: Records,
     scorer: RungScorer,
-    at_once: int,
-    use_gpu: bool,
+    placement: Placement,
     budget: Budget,
     interrupt: Interrupt,
     console: Console,
@@ -59,7 +64,7 @@ def search(
     ended = None
     try:
         with view.shown():
-            ended = _tune(config, run, records, scorer, at_once, use_gpu, view.changed, budget, interrupt)
+            ended = _tune(config, run, records, scorer, placement, view.changed, budget, interrupt)
     finally:
         budget.note(ended)
     console.print(view.summary())
@@ -71,8 +76,7 @@ def _tune(
     run: Storage,
     records: Records,
     scorer: RungScorer,
-    at_once: int,
-    use_gpu: bool,
+    placement: Placement,
     changed: Callable[[], None],
     budget: Budget,
     interrupt: Interrupt,
@@ -82,26 +86,28 @@ def _tune(
     os.environ |= TUNE_ENVIRONMENT
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     journal = _fresh_journal(run)
-    watcher = _Watcher(run, records, journal, changed, budget)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
     searcher = HonestOptunaSearch(config, metric, records, storage, budget)
     if ended := searcher.over():  # a run that is resumed when there is nothing more to be done
         return ended
+    limiter = ConcurrencyLimiter(searcher, max_concurrent=placement.at_once)  # as max_concurrent_trials makes it
+    watcher = _Watcher(
+        run, records, journal, changed, budget, lambda: _make_room(limiter, config), Gauges(config.name, records)
+    )
     rungs = config.rung_epochs()
     if config.runner == "reuse":
         run_trial = trial.in_reused_process(run, scorer, rungs)
-        resources: dict[str, float] = {"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1}
+        resources = placement.worker
     else:
-        run_trial = trial.in_ray_train(run, scorer, rungs, use_gpu)
+        run_trial = trial.in_ray_train(run, scorer, rungs, placement.worker)
         # Ray Train reserves the workers; the trial's own process waits, and must fit beside them on any node.
         resources = {"memory": 1}
     tuner = tune.Tuner(
         tune.with_resources(run_trial, resources),
         tune_config=tune.TuneConfig(
-            search_alg=searcher,
+            search_alg=limiter,
             scheduler=RungScheduler(config.early_stopping, metric, rungs, config.train.epochs, records, budget),
             num_samples=left,
-            max_concurrent_trials=at_once,
             reuse_actors=config.runner == "reuse",
             trial_dirname_creator=lambda trial: trial.config["trial"],
         ),
@@ -128,6 +134,12 @@ def _tune(
     return searcher.ended
 
 
+def _make_room(limiter: ConcurrencyLimiter, config: SearchConfig) -> None:
+    """Nodes come and go: so many trials are begun as fit by now; those that lost theirs wait for Ray Train."""
+    with contextlib.suppress(ValueError):  # none fits: no other is begun in place of those that wait
+        limiter.max_concurrent = capacity.read().place(config.train.workers, config.trials_per_gpu).at_once
+
+
 def _fresh_journal(run: Storage) -> Path:
     """Where Optuna's journal is written: rebuilt from the record by every driver, and on a local disk, as it needs."""
     folder = Path(run.root) if run.is_local else Path(tempfile.mkdtemp(prefix="ddpm-search-study-"))
@@ -152,13 +164,29 @@ class _Stop(Live, Stopper):
 class _Watcher(Live, Callback):
     """Passes Tune's events on, and copies the study where the run is not on a local disk."""
 
-    def __init__(self, run: Storage, records: Records, journal: Path, changed: Callable[[], None], budget: Budget):
+    def __init__(
+        self,
+        run: Storage,
+        records: Records,
+        journal: Path,
+        changed: Callable[[], None],
+        budget: Budget,
+        room: Callable[[], None],
+        gauges: Gauges,
+    ):
         self.run, self.records, self.journal, self.changed, self.budget = run, records, journal, changed, budget
+        self.room, self.gauges, self.looked = room, gauges, 0.0
         self.ended: set[str] = set()
 
     def copy_journal(self) -> None:
         if not self.run.is_local and self.journal.exists():
             self.run.write(JOURNAL, self.journal.read_bytes())
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() - self.looked > ROOM_SECONDS:
+            self.looked = time.monotonic()
+            self.room()
+            self.gauges.show()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.budget.tick()
@@ -170,6 +198,7 @@ class _Watcher(Live, Callback):
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         self.changed()
+        self.gauges.note(trial.config["trial"], result)
 
     def tidy(self) -> None:
         """Once more at the end: a trial that is stopped may write one checkpoint more."""

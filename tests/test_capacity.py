@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.capacity import Capacity, Node
+from cluster.capacity import Capacity, Node, trials_per_gpu
 
 
 def capacity(*nodes: tuple[float, float]) -> Capacity:
@@ -48,3 +48,28 @@ def test_as_many_workers_as_slots_never_overlap():
         total = sum(cluster.slots())
         for workers in range(1, total + 1):
             assert 1 <= cluster.trials_at_once(workers) <= total // workers
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "strategy"),
+    [([(2, 0), (4, 0)], 3, "STRICT_PACK"), ([(2, 0), (2, 0)], 3, "PACK"), ([(8, 4)], 4, "STRICT_PACK")],
+)
+def test_workers_are_spread_only_where_no_node_holds_them(nodes, workers, strategy):
+    assert capacity(*nodes).strategy(workers) == strategy
+
+
+def test_trials_share_a_gpu_and_each_has_a_cpu():
+    shared = capacity((16, 2), (3, 2)).place(1, per_gpu=4)
+    assert shared.at_once == 8 + 3
+    assert shared.worker == {"CPU": 1.0, "GPU": 0.25}
+    assert capacity((4, 0)).place(1, per_gpu=4).worker == {"CPU": 1.0}
+
+
+def test_workers_of_one_trial_never_share_a_gpu():
+    with pytest.raises(ValueError, match=r"needs train.workers: 1, .* trials_per_gpu is 2 and train.workers 3"):
+        capacity((8, 8)).place(3, per_gpu=2)
+
+
+@pytest.mark.parametrize(("peak", "trials"), [(80, 1), (100, 1), (20, 4), (9, 10), (45, 2)])
+def test_a_measured_peak_says_how_many_trials_share_a_gpu(peak, trials):
+    assert trials_per_gpu(peak, 100) == trials

@@ -33,13 +33,15 @@ def fit(
     score: loop.Scorer | None = None,
     rungs: Collection[int] = (),
     callbacks: Collection[UserCallback] = (),
-    use_gpu: bool = False,
+    worker: dict[str, float] | None = None,
+    strategy: str = "PACK",
 ) -> dict[str, Any]:
     """Trains in `config.workers` processes and returns the last reported metrics.
 
     Checkpoints go to RUN/train/<name>; the same name goes on from the newest whole one there. A worker that dies
     is replaced, up to three times; where its node is lost and min_workers allows it, the others go on without it.
-    Metrics hold `failure` where training cannot go on: see TrainingFailedError.
+    `worker` is what each reserves, such as {"CPU": 1, "GPU": 1}. Metrics hold `failure` where training cannot go on:
+    see TrainingFailedError.
     """
     elastic = config.min_workers is not None and config.min_workers < config.workers
     num_workers = (config.min_workers, config.workers) if elastic else config.workers
@@ -55,7 +57,12 @@ def fit(
             "rungs": sorted(rungs),
         },
         torch_config=ray.train.torch.TorchConfig(timeout_s=config.hang_seconds),
-        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, placement_strategy="PACK"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=num_workers,
+            use_gpu="GPU" in (worker or {}),
+            resources_per_worker=worker,
+            placement_strategy="PACK" if elastic else strategy,
+        ),
         run_config=ray.train.RunConfig(
             name=name,
             storage_path=run.at("train").root,

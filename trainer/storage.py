@@ -1,13 +1,46 @@
 """Files of a run on any pyarrow file system: a local folder, NFS, S3, GCS."""
 
 import contextlib
+import functools
+import itertools
 import json
 import os
+import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from pyarrow import fs as pafs
+
+PATIENCE_SECONDS = 120.0
+PASSING = (
+    "NETWORK_CONNECTION",
+    "SLOW_DOWN",
+    "SERVICE_UNAVAILABLE",
+    "INTERNAL_FAILURE",
+    "REQUEST_TIMEOUT",
+    "HTTP status 5",
+)
+
+Call = TypeVar("Call", bound=Callable[..., Any])
+
+
+def _patient(call: Call) -> Call:
+    """Tries again where an object store is away for a while: a search outlives two minutes of that."""
+
+    @functools.wraps(call)
+    def tries(*args: Any, **kwargs: Any) -> Any:
+        end = time.monotonic() + PATIENCE_SECONDS
+        for attempt in itertools.count():
+            try:
+                return call(*args, **kwargs)
+            except OSError as error:
+                if time.monotonic() > end or not any(word in str(error) for word in PASSING):
+                    raise
+                time.sleep(min(5.0, 0.5 * 2**attempt))
+
+    return cast(Call, tries)
 
 
 class Storage:
@@ -44,18 +77,22 @@ class Storage:
     def _full(self, path: str) -> str:
         return f"{self.root}/{path}" if path else self.root
 
+    @_patient
     def exists(self, path: str = "") -> bool:
         return self.fs.get_file_info(self._full(path)).type != pafs.FileType.NotFound
 
+    @_patient
     def read(self, path: str) -> bytes:
         """Raises FileNotFoundError where there is no such file."""
         with self.fs.open_input_stream(self._full(path), compression=None) as stream:
             return stream.read()
 
+    @_patient
     def write(self, path: str, content: bytes) -> None:
         full = self._full(path)
         parent = full.rsplit("/", 1)[0]
-        self.fs.create_dir(parent, recursive=True)
+        if self.fs.type_name not in ("s3", "gcs"):  # have no folders; marking each would be three requests a write
+            self.fs.create_dir(parent, recursive=True)
         if not self.is_local:
             with self.fs.open_output_stream(full, compression=None) as stream:
                 stream.write(content)
@@ -76,11 +113,13 @@ class Storage:
     def write_json(self, path: str, value: Any) -> None:
         self.write(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
+    @_patient
     def names(self, path: str = "") -> list[str]:
         """Names directly in a folder, sorted; empty where there is no such folder."""
         selector = pafs.FileSelector(self._full(path), allow_not_found=True)
         return sorted(info.base_name for info in self.fs.get_file_info(selector))
 
+    @_patient
     def delete(self, path: str) -> None:
         """Deletes a file or a folder with all that is in it; nothing where there is none."""
         info = self.fs.get_file_info(self._full(path))
