@@ -23,10 +23,10 @@ from matplotlib.figure import Figure
 
 from benchmarks.common import RESULTS, provenance, write
 from evaluation.joint import Joint, pool
-from evaluation.ranking import score_influence
+from evaluation.ranking import score_influence, score_intervals
 from evaluation.scores import inception_score, softmax_float64
 
-ATOMS, LEVELS, OWN_NOISE = 2000, 32, 0.3
+ATOMS, LEVELS, OWN_NOISE = 1000, 32, 0.3
 RANGE = 8.0  # of the levels' true scores, in standard errors of one checkpoint's score
 CHECKPOINT_WINDOW, CONFIGURATION_WINDOW = 10, 12  # levels that one ranking's are drawn from
 CHECKPOINTS, CONFIGURATIONS, SEEDS = 4, 3, 3
@@ -59,28 +59,35 @@ class Tables:
             rows.append(softmax_float64(logits))
         return cls(rows)
 
-    def judge(self, counts: np.ndarray, influences: bool) -> tuple[np.ndarray, np.ndarray]:
-        """counts (R, S, ATOMS), n images a split → scores (LEVELS, R), and what a drawn image adds to the score:
-        (LEVELS, R, S, ATOMS) float32, whose count-weighted sum of products is the covariance."""
-        rankings, splits, _ = counts.shape
+    def scores(self, counts: np.ndarray) -> np.ndarray:
+        """counts (R, S, ATOMS), n images a split → (LEVELS, R)."""
         flat = counts.reshape(-1, ATOMS).astype(np.float64)
-        n = flat[0].sum()
-        scores = np.empty((len(self.rows), rankings))
-        found = np.empty((len(self.rows), rankings, splits, ATOMS) if influences else (0,), np.float32)
+        found = np.empty((len(self.rows), len(counts)))
         for level, table in enumerate(self.rows):
-            log_q = flat @ table
-            log_q /= n
-            np.log(log_q, out=log_q)
-            entropies = (table * np.log(table)).sum(axis=1)
-            # mean KL = mean of sum p log p, less sum q log q, for q is the mean of p
-            divergence = flat @ entropies / n - (np.exp(log_q) * log_q).sum(axis=1)
-            exponentials = np.exp(divergence)
-            scores[level] = exponentials.reshape(rankings, splits).mean(axis=1)
-            if influences:
-                own = entropies - log_q @ table.T - divergence[:, None]
-                own *= exponentials[:, None] / (splits * np.sqrt(n * (n - 1)))
-                found[level] = own.reshape(rankings, splits, ATOMS)
-        return scores, found
+            divergence = flat @ entropies(table) / flat[0].sum() - entropies(flat @ table / flat[0].sum())
+            found[level] = np.exp(divergence).reshape(counts.shape[:2]).mean(axis=1)
+        return found
+
+    def influences(self, levels: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """One ranking's counts (S, ATOMS) → evaluation.ranking.score_influence of an image of every noise that was
+        drawn, times the root of their number: (len(levels), those of all splits)."""
+        drawn, found = counts > 0, []
+        for level in levels:
+            table, parts = self.rows[level], []
+            for own, seen in zip(counts, drawn, strict=True):
+                n, times = own.sum(), own[seen]
+                q = np.maximum(own @ table - table[seen], 1e-300) / (n - 1)
+                total, each = own @ entropies(table), entropies(table[seen])
+                without = np.exp((total - each) / (n - 1) - entropies(q))
+                moved = (times @ without / n - without) * np.sqrt((n - 1) / n) / len(counts)
+                parts.append(moved * np.sqrt(times))
+            found.append(np.concatenate(parts))
+        return np.array(found)
+
+
+def entropies(rows: np.ndarray) -> np.ndarray:
+    """sum p log p of every row, in nats."""
+    return (rows * np.log(rows)).sum(axis=1)
 
 
 def counts_of(rankings: int, n: int, split: int, rng: np.random.Generator) -> np.ndarray:
@@ -90,14 +97,15 @@ def counts_of(rankings: int, n: int, split: int, rng: np.random.Generator) -> np
 def check_against_the_package(tables: Tables, rng: np.random.Generator, n: int, split: int) -> float:
     """Largest relative difference of score and covariance of two checkpoints on expanded images."""
     counts = counts_of(1, n, split, rng)
-    scores, found = tables.judge(counts, influences=True)
     index = np.concatenate([np.repeat(np.arange(ATOMS), row) for row in counts[0]])
-    expanded = [tables.rows[level][index] for level in (0, -1)]
-    a, b = (score_influence(p, split) for p in expanded)
-    weights = counts[0].ravel()
-    pairs = [(inception_score(p, split).mean, scores[level, 0]) for level, p in zip((0, -1), expanded, strict=True)]
-    x, y = (found[level, 0].ravel().astype(np.float64) for level in (0, -1))
-    pairs += [(a @ b, (weights * x) @ y), (a @ a, (weights * x) @ x)]
+    expanded, found = [], tables.influences(np.array([0, LEVELS - 1]), counts[0])
+    pairs = []
+    for level, score in ((0, tables.scores(counts)[0, 0]), (-1, tables.scores(counts)[-1, 0])):
+        p = tables.rows[level][index]
+        pairs.append((inception_score(p, split).mean, score))
+        expanded.append(score_influence(p, split))
+    theirs = np.array(expanded) @ np.array(expanded).T
+    pairs += zip(theirs.ravel(), (found @ found.T).ravel(), strict=True)
     return max(abs(ours / theirs - 1) for theirs, ours in pairs)
 
 
@@ -105,7 +113,7 @@ def levels_for(classes: int, n: int, split: int, seed: int) -> np.ndarray:
     """Sharpnesses whose true scores span RANGE standard errors of a score, from a pilot."""
     middle, step = (4.0, 0.02) if classes < 100 else (10.0, 0.02)
     pilot = Tables.make(classes, np.array([middle, middle * (1 + step)]), seed)
-    scores, _ = pilot.judge(counts_of(200, n, split, np.random.default_rng(seed)), influences=False)
+    scores = pilot.scores(counts_of(200, n, split, np.random.default_rng(seed)))
     error, rise = scores[0].std(), (scores[1] - scores[0]).mean()
     half = RANGE / 2 * error / rise * step
     return middle * np.linspace(1 - half, 1 + half, LEVELS)
@@ -115,9 +123,9 @@ def simulate(classes: int, n: int, split: int, rankings: int, truth_draws: int, 
     began, rng = time.monotonic(), np.random.default_rng([seed, classes, n])
     tables = Tables.make(classes, levels_for(classes, n, split, seed), seed)
     difference = check_against_the_package(tables, rng, n, split)
-    assert difference < 1e-4, f"the simulation's sums differ from the package's by {difference}"  # float32 is kept
+    assert difference < 1e-8, f"the simulation's sums differ from the package's by {difference}"
     truth_scores = np.concatenate(
-        [tables.judge(counts_of(500, n, split, rng), influences=False)[0] for _ in range(truth_draws // 500)], axis=1
+        [tables.scores(counts_of(500, n, split, rng)) for _ in range(truth_draws // 500)], axis=1
     )
     truth = truth_scores.mean(axis=1)
 
@@ -126,11 +134,10 @@ def simulate(classes: int, n: int, split: int, rankings: int, truth_draws: int, 
     per_error = LEVELS / RANGE  # levels to one standard error
     for _ in range(rankings // 50):
         counts = counts_of(50, n, split, rng)
-        scores, found = tables.judge(counts, influences=True)
+        scores = tables.scores(counts)
         for r in range(50):
-            weights = np.sqrt(counts[r])
             levels = window(CHECKPOINT_WINDOW, 0, rng)[:CHECKPOINTS]
-            joint = joined(scores[levels, r], found[levels, r] * weights, [[i] for i in range(CHECKPOINTS)])
+            joint = joined(scores[levels, r], tables.influences(levels, counts[r]), [[i] for i in range(CHECKPOINTS)])
             note(held["checkpoint"], chances["checkpoint"], joint, truth[levels])
 
             centres = window(CONFIGURATION_WINDOW, 6, rng)[:CONFIGURATIONS]
@@ -138,7 +145,7 @@ def simulate(classes: int, n: int, split: int, rankings: int, truth_draws: int, 
             likely /= likely.sum(axis=1, keepdims=True)
             levels = np.concatenate([rng.choice(LEVELS, SEEDS, p=p) for p in likely])
             members = np.split(np.arange(len(levels)), CONFIGURATIONS)
-            joint = joined(scores[levels, r], found[levels, r] * weights, members)
+            joint = joined(scores[levels, r], tables.influences(levels, counts[r]), members)
             note(held["configuration"], chances["configuration"], joint, likely @ truth)
     return {
         **{"classes": classes, "images": n, "split_size": split, "rankings": rankings, "truth_draws": truth_draws},
@@ -158,13 +165,11 @@ def window(width: int, margin: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def joined(scores: np.ndarray, influences: np.ndarray, members: Any) -> Joint:
-    """influences: (M, S, ATOMS), times the square roots of the counts."""
-    flat = influences.reshape(len(scores), -1).astype(np.float64)
-    return pool(scores, flat @ flat.T, members)
+    return pool(scores, influences @ influences.T, members)
 
 
 def note(held: list[bool], chances: list[tuple[float, bool]], joint: Joint, truth: np.ndarray) -> None:
-    low, high = joint.intervals([True] * len(truth)).T
+    low, high = score_intervals(joint, [True] * len(truth)).T
     held += list((low <= truth) & (truth <= high))
     chances += list(zip(joint.p_best(P_BEST_DRAWS), truth == truth.max(), strict=True))
 

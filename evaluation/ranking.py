@@ -136,11 +136,11 @@ def rank(
         influences = np.stack([scored[name].influences[metric] for name in used])
         values = np.array([scored[name].values[metric] for name in used])
         joint = pool(values, influences @ influences.T, places)
-        of_rows[metric] = joint, joint.intervals([row in confirmed for row in ranked], confidence)
-    joint, score_intervals = of_rows.pop("score")
-    half = score_intervals[:, 1] - joint.means
-    widths = np.exp(np.stack([-half, half], axis=1) / joint.means[:, None])
-    score_intervals = np.clip(joint.means[:, None] * widths, 1.0, float(next(iter(scored.values())).classes))
+        of_configuration = [row in confirmed for row in ranked]
+        intervals = score_intervals if metric == "score" else Joint.intervals
+        of_rows[metric] = joint, intervals(joint, of_configuration, confidence)
+    joint, of_score = of_rows.pop("score")
+    of_score = np.clip(of_score, 1.0, float(next(iter(scored.values())).classes))
     tied, chances = joint.ties(confidence), joint.p_best()
 
     result = []
@@ -151,7 +151,7 @@ def rank(
             RankedTrial(
                 rank=i + 1,
                 trial=row,
-                score=ScoreEstimate(float(joint.means[i]), std, _pair(score_intervals[i])),
+                score=ScoreEstimate(float(joint.means[i]), std, _pair(of_score[i])),
                 distances={
                     name: Interval(float(of.means[i]), _pair(np.maximum(ci[i], 0.0) if name != "kid" else ci[i]))
                     for name, (of, ci) in of_rows.items()
@@ -221,6 +221,12 @@ def _score(trial: TrialSamples, distances: Mapping[str, Distance], split_size: i
 
 def _pair(ends: Array) -> tuple[float, float]:
     return float(ends[0]), float(ends[1])
+
+
+def score_intervals(joint: Joint, of_configuration: Sequence[bool], confidence: float = 0.95) -> Array:
+    """`Joint.intervals`, of the scores' logarithms: (R, 2)."""
+    relative = joint.intervals(of_configuration, confidence) / joint.means[:, None] - 1
+    return np.asarray(joint.means[:, None] * np.exp(relative))
 
 
 def score_influence(probabilities: ArrayLike, split_size: int) -> Array:

@@ -203,7 +203,7 @@ def ranking_table(ranking: dict[str, Any]) -> FittedTable:
     table = FittedTable(
         Column("rank"), Column("trial", "left"), Column("schedule", "left"), Column("lr", leaves=5),
         Column("dropout", leaves=4), Column(score_name.replace(" ", "\n")), Column("95% CI", leaves=7),
-        Column("Fréchet"), Column("95% CI", leaves=3), Column("KID\nx 1000", leaves=2),
+        Column("Fréchet"), Column("95% CI", leaves=3), Column("KID", leaves=2),
         Column("precision\nrecall", leaves=1), Column("P(best)", leaves=8),
         Column("tied with", "left", leaves=6, wraps=True),
     )  # fmt: skip
@@ -241,7 +241,7 @@ def _diversity(row: dict[str, Any], kid: float | None) -> tuple[str, str]:
     """KID, and precision / recall, of a row that may have none."""
     shares = row.get("precision"), row.get("recall")
     return (
-        "–" if kid is None else f"{1000 * kid:.2f}",
+        "–" if kid is None else f"{kid:.3g}",
         " / ".join("–" if share is None else f"{share:.2f}" for share in shares),
     )
 
