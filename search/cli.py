@@ -55,7 +55,7 @@ def run(
         tree["name"] = name
     settings = configuration.parse(tree, config)
 
-    from search import pipeline
+    from search import pipeline, prepare
     from search.records import storage_at
 
     place = storage_at(storage).at(settings.name)
@@ -63,10 +63,10 @@ def run(
         from search.plan import show
 
         told = Console(stderr=True, highlight=False) if as_json else console
-        plan = pipeline.dry_run(settings, place, pipeline.preflight(settings, told), address, told)
+        plan = pipeline.dry_run(settings, place, prepare.preflight(settings, told), address, told)
         print(json.dumps(plan, indent=2)) if as_json else show(plan, console)
         return
-    splits = pipeline.preflight(settings, console)
+    splits = prepare.preflight(settings, console)
     pipeline.begin(settings, place)
     console.print(f"Run:            {place.uri}")
     try:
@@ -79,11 +79,12 @@ def run(
 @app.command()
 def resume(path: RunPath, address: Address = "local") -> None:
     """Go on with a run where it was cut: a trial, the search, or the final stage."""
-    from search import pipeline
+    from search.prepare import preflight
+    from search.records import open_run
 
-    settings, place, records = pipeline.open_run(path)
+    settings, place, records = open_run(path)
     console.print(f"Run:            {place.uri} ({len(records)} trials on record)")
-    _go(settings, place, pipeline.preflight(settings, console), address)
+    _go(settings, place, preflight(settings, console), address)
 
 
 def _go(settings: Any, place: Any, splits: Any, address: str) -> None:
@@ -129,11 +130,13 @@ def evaluate(
 ) -> None:
     """The final stage alone: images that are drawn already are kept."""
     from search import pipeline
+    from search.prepare import preflight
+    from search.records import open_run
 
-    settings, place, _ = pipeline.open_run(path)
+    settings, place, _ = open_run(path)
     final = settings.final.model_copy(update={k: v for k, v in {"top": top, "images": images}.items() if v is not None})
     settings = settings.model_copy(update={"final": final})
-    splits = pipeline.preflight(settings, console)
+    splits = preflight(settings, console)
     try:
         pipeline.evaluate_again(settings, place, splits, address, console)
     except KeyboardInterrupt:
@@ -162,9 +165,9 @@ def rank(path: RunPath, as_json: Json = False) -> None:
 @app.command()
 def report(path: RunPath) -> None:
     """Write the HTML report of a run anew."""
-    from search import pipeline
+    from search import outcome
 
-    pipeline.report_again(path, console)
+    outcome.report_again(path, console)
 
 
 @app.command()
@@ -176,9 +179,9 @@ def export(
     torch_export: Annotated[bool, typer.Option("--torch-export", help="Write denoiser.pt2 too.")] = False,
 ) -> None:
     """A trial's model as a folder that diffusers loads."""
-    from search import pipeline
+    from search import outcome
 
-    pipeline.export_again(path, trial, out, weights.value if weights else None, torch_export, console)
+    outcome.export_again(path, trial, out, weights.value if weights else None, torch_export, console)
 
 
 @app.command()

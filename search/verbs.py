@@ -183,7 +183,7 @@ def _stored_probabilities(path: Path) -> np.ndarray | None:
 def train(config: SearchConfig, out: Path, console: Console) -> None:
     """One training of `config.train`, in this process; goes on from the newest checkpoint in `out`."""
     from evaluation import reference
-    from search.pipeline import choose_metric, preflight
+    from search.prepare import choose_metric, preflight
     from search.watch import progress_bar
     from trainer import checkpoint, local, loop
     from trainer.data_cache import cache_folder

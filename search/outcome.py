@@ -1,0 +1,171 @@
+"""What a run leaves: its ranking shown, the report, the export and samples of its winner; and each of them again."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from evaluation import events, export, pictures, report, stage
+from evaluation.config import FinalStageConfig
+from evaluation.reference import Reference
+from evaluation.sampling import sample_images
+from search import confirm, watch
+from search.config import SearchConfig, UserError
+from search.prepare import judge_of, preflight
+from search.records import CONFIG, Records, open_run, read_ranking
+from trainer import checkpoint
+from trainer.data import Splits
+from trainer.storage import Storage
+
+REPORT = "report/index.html"
+SAMPLES = 64
+
+
+def finish(
+    config: SearchConfig, run: Storage, records: Records, judge: Reference | None, splits: Splits, console: Console
+) -> None:
+    """Report, export and samples of the winner, from what the final stage left."""
+    ranked = read_ranking(run)
+    if ranked:
+        console.print(watch.ranking_table(ranked), watch.ranking_notes(ranked), "", sep="\n")
+    write_report(config, run, records, judge, splits, ranked)
+    console.print(f"Report:   {run.uri}/{REPORT}")
+    winner = _winner(ranked) if ranked else None
+    if winner is not None and ranked is not None:
+        export_trial(config, run, records, ranked, winner, Path(run.root) / "export" if run.is_local else None, console)
+
+
+def export_trial(
+    config: SearchConfig,
+    run: Storage,
+    records: Records,
+    ranked: dict[str, Any] | None,
+    trial: str,
+    out: Path | None,
+    console: Console,
+    weights: str | None = None,
+    torch_export: bool = False,
+) -> None:
+    """Exports a trial to `out` (a local folder; None: RUN/export of a run that is not local) and draws its samples.
+
+    weights: ema or raw; None takes those that were ranked.
+    """
+    row = next(row for row in confirm.all_rows(run, records) if row.trial == trial)
+    if row.checkpoint is None:
+        raise UserError(
+            f"trial {trial} has no checkpoint ({row.state}: {row.reason}); choose another: ddpm-search status {run.uri}"
+        )
+    found = checkpoint.load(run.at(row.checkpoint))
+    entries = ranked["trials"] if ranked else []
+    entry = next((e for e in entries if trial == e["trial"] or trial in (e.get("seeds") or ())), None)
+    raw = (weights or (ranked or {}).get("weights", config.final.weights)) == "raw"
+    data_name = config.train.data.name
+    card = export.model_card(config.name, dataclasses.asdict(row), data_name, ranked, entry, raw, torch_export)
+    provenance = {"run": config.name, "trial": trial, "checkpoint": row.checkpoint, "checkpoint_meta": found.meta}
+    provenance["weights"] = "raw" if raw else "ema"
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = out or Path(scratch) / "export"
+        export.export_pipeline(found, folder, card, provenance, raw, torch_export)
+        denoiser, betas, shape = export.load_export(folder)
+        images = sample_images(denoiser, betas, shape, config.final.sampler, 0, SAMPLES, "cpu")
+        picture = folder.parent / "samples.png"
+        pictures.save_grid_png(picture, images)
+        if out is None:
+            for file in (*folder.rglob("*"), picture):
+                if file.is_file():
+                    run.write(str(file.relative_to(scratch)), file.read_bytes())
+    where = out or f"{run.uri}/export"
+    console.print(f"Winner:   {where}  (diffusers.DDPMPipeline.from_pretrained loads it)")
+    console.print(f"Samples:  {where.parent if isinstance(where, Path) else run.uri}/samples.png")
+
+
+def write_report(
+    config: SearchConfig,
+    run: Storage,
+    records: Records,
+    judge: Reference | None,
+    splits: Splits,
+    ranked: dict[str, Any] | None,
+) -> None:
+    """RUN/report/index.html, from whatever there is."""
+    samples = {}
+    if ranked and judge:
+        # As it was ranked, which `evaluate` may have been told to do otherwise than config.yaml.
+        drawn = {name: ranked[name] for name in ("images", "split_size", "sampler", "weights") if name in ranked}
+        final = FinalStageConfig.model_validate(config.final.model_dump() | drawn)
+        for row in ranked["trials"]:
+            if row["rank"] is not None and row.get("checkpoint"):
+                candidate = stage.Candidate(row["best_seed"], row["checkpoint"])
+                with contextlib.suppress(FileNotFoundError):  # deleted since, to save space
+                    samples[row["trial"]] = stage.kept_images(run, candidate, final, judge)
+    logged = {}
+    for trial in run.names("tensorboard"):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(run.root, "tensorboard", trial) if run.is_local else Path(scratch)
+            if not run.is_local:
+                for name in run.names(f"tensorboard/{trial}"):
+                    (folder / name).write_bytes(run.read(f"tensorboard/{trial}/{name}"))
+            logged[trial] = events.read(folder)
+    commands = [f"ddpm-search run {run.uri}/{CONFIG} --name {config.name}-again", f"ddpm-search status {run.uri}"]
+    page = report.render(
+        run_name=config.name,
+        config=config.model_dump(mode="json"),
+        rows=[dataclasses.asdict(row) for row in records],
+        ranking=ranked,
+        samples=samples,
+        real_samples=splits.held_out.pixels[:SAMPLES],
+        events=logged,
+        commands=commands,
+        versions=versions(),
+        ended=run.read_json("search.json")["ended"] if run.exists("search.json") else None,
+    )
+    run.write(REPORT, page.encode())
+
+
+def versions() -> dict[str, str]:
+    """Of what a run's numbers depend on."""
+    names = ("ddpm-search", "torch", "ray", "optuna", "diffusers", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def _winner(ranked: dict[str, Any]) -> str | None:
+    """The best-scored seed of the configuration that ranks first."""
+    return next((row.get("best_seed") or row["trial"] for row in ranked["trials"] if row["rank"] == 1), None)
+
+
+def report_again(path: str, console: Console) -> None:
+    """The report of a run, from what is on disk."""
+    config, run, records = open_run(path)
+    splits = preflight(config, console)
+    ranked = read_ranking(run)
+    judge = judge_of(config, splits, console) if ranked else None
+    write_report(config, run, records, judge, splits, ranked)
+    console.print(f"Report:   {run.uri}/{REPORT}")
+
+
+def export_again(
+    path: str, trial: str | None, out: Path, weights: str | None, torch_export: bool, console: Console
+) -> None:
+    """A trial's export, the winner's where none is named."""
+    config, run, records = open_run(path)
+    ranked = read_ranking(run)
+    known = [row.trial for row in confirm.all_rows(run, records)]
+    if trial is None:
+        if ranked is None:
+            raise UserError(
+                f"no ranking at {path}, so no winner; name a --trial, or first: ddpm-search evaluate {path}"
+            )
+        trial = _winner(ranked)
+        if trial is None:
+            raise UserError(f"no trial of {path} could be scored, so there is no winner; name a --trial")
+    elif trial not in known:
+        raise UserError(f"--trial {trial} is not in this run; its trials are {', '.join(known)}")
+    try:
+        export_trial(config, run, records, ranked, trial, out, console, weights, torch_export)
+    except (OSError, checkpoint.BrokenCheckpointError) as error:
+        raise UserError(f"trial {trial} cannot be exported to --out {out}: {error}") from error

@@ -1,0 +1,89 @@
+"""What a run needs before it starts: images that fit its configuration, a judge, and a metric to stop trials by."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+
+from evaluation import reference
+from evaluation.reference import Reference
+from evaluation.rung import Metric
+from search import samplers, watch
+from search.config import SearchConfig, UserError
+from trainer import data
+from trainer.config import TrainConfig
+from trainer.data import Splits
+from trainer.data_cache import cache_folder
+
+
+def preflight(config: SearchConfig, console: Console) -> Splits:
+    """Everything that can be refused before Ray starts; decodes the images where they are not. Raises UserError."""
+    samplers.check(config)
+    try:
+        with contextlib.ExitStack() as stack:
+            bars: list[Callable[[int, int], None]] = []  # made when there is something to decode
+
+            def progress(done: int, total: int) -> None:
+                if not bars:
+                    bars.append(stack.enter_context(watch.progress_bar(console, "Decoding images")))
+                bars[0](done, total)
+
+            data.prepare(config.train.data, progress)
+        splits = data.load(config.train.data)
+        for where, training in _variants(config):
+            _check_fits(training, where, splits)
+    except (ValueError, OSError) as error:
+        message = str(error)
+        raise UserError(f"train.{message}" if message.startswith("data.") else message) from error
+    return splits
+
+
+def _variants(config: SearchConfig) -> Iterator[tuple[str, TrainConfig]]:
+    """The base training, and it with each of the choices of space.train, with the prefix of its settings' names."""
+    yield "train.", config.train
+    for name, values in config.space.train.items():
+        for value in values:
+            yield f"space.train.{name}: ", config.training({name: value})
+
+
+def _check_fits(training: TrainConfig, where: str, splits: Splits) -> None:
+    try:
+        training.model.check_fits(splits.train.shape)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
+    if training.batch_size > len(splits.train):
+        raise ValueError(
+            f"{where}batch_size must be at most the number of training images, {len(splits.train)}, "
+            f"but is {training.batch_size}"
+        )
+
+
+def judge_of(config: SearchConfig, splits: Splits, console: Console) -> Reference | None:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with console.status("") as status:
+        try:
+            judge = reference.prepare(splits, config.final, cache_folder(), device, lambda what: status.update(what))
+        except (ValueError, OSError) as error:
+            raise UserError(str(error)) from error
+    if judge is not None and judge.accuracy is not None:
+        console.print(
+            f"Judge:          a classifier of the data's own labels, {judge.accuracy:.1%} right on held-out images"
+        )
+    return judge
+
+
+def choose_metric(config: SearchConfig, judge: Reference | None, console: Console) -> Metric:
+    """What trials are stopped by. Raises UserError where the configuration asks for one that cannot be had."""
+    wanted = config.early_stopping.metric
+    if judge is None:
+        if wanted not in ("auto", "grid_loss"):
+            raise UserError(
+                f"early_stopping.metric is {wanted}, which needs labels or final.inception_weights; use grid_loss"
+            )
+        console.print(
+            "Nothing can judge these images (no labels, no Inception weights): trials are stopped by grid_loss."
+        )
+        return "grid_loss"
+    return "frechet" if wanted == "auto" else wanted
