@@ -12,6 +12,7 @@ from ray.tune.search.optuna import OptunaSearch
 from search import space
 from search.config import SearchConfig, UserError
 from search.records import Live, Records, Row
+from search.study import ShortMemory
 from trainer import schedules
 
 MAX_SCREENED_IN_A_ROW = 1000
@@ -42,8 +43,12 @@ class HonestOptunaSearch(Live, OptunaSearch):
                 mode="max" if metric == "score" else "min",
                 sampler=sampler,
                 study_name=config.name,
-                storage=storage,
+                storage=ShortMemory(),
             )
+        # Ended trials are copied: a study that lived in a journal would write ten lines a trial, each with a sync.
+        self._copy = optuna.create_study(
+            storage=storage, study_name=config.name, directions=self._ot_study.directions, load_if_exists=True
+        )
         self._keys: dict[str, str] = {}  # Tune's trial id → our stable key
         self._unfinished: list[Row] = []
         known_rows = [row for row in records if row.source == "known"]
@@ -116,7 +121,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
         for step, value in self._values(row).items():
             ot_trial.report(value, step)
         state = self._state(row)
-        self._ot_study.tell(ot_trial, self._final(row), state=state)
+        self._copy.add_trial(self._ot_study.tell(ot_trial, self._final(row), state=state))
 
     def _remember(self, row: Row) -> None:
         """Puts a finished row of an earlier run into the study."""
@@ -125,16 +130,16 @@ class HonestOptunaSearch(Live, OptunaSearch):
             return
         searched = space.distributions(self.config, row.family)
         state, values = self._state(row), list(self._values(row).values())
-        self._ot_study.add_trial(
-            optuna.trial.create_trial(
-                state=state,
-                # Optuna's tell() gives a pruned trial its last rung's value, which create_trial() leaves to us.
-                value=self._final(row) if state != TrialState.PRUNED else values[-1] if values else None,
-                params={name: params[name] for name in searched},
-                distributions=searched,
-                intermediate_values=self._values(row),
-            )
+        trial = optuna.trial.create_trial(
+            state=state,
+            # Optuna's tell() gives a pruned trial its last rung's value, which create_trial() leaves to us.
+            value=self._final(row) if state != TrialState.PRUNED else values[-1] if values else None,
+            params={name: params[name] for name in searched},
+            distributions=searched,
+            intermediate_values=self._values(row),
         )
+        self._ot_study.add_trial(trial)
+        self._copy.add_trial(trial)
 
     def _values(self, row: Row) -> dict[int, float]:
         """Epoch → value of the metric, for the rungs that have one."""
