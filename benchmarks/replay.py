@@ -1,8 +1,9 @@
 """A search on a simulated clock: the real searcher and scheduler, called as Tune calls them, over known curves.
 
 Nothing is trained and Ray does not run. The clock shows the seconds that the trainings would have taken. Where the
-driver counts, the seconds that searcher and scheduler really took are added: they deal with one event after the other,
-and a worker whose trial has ended waits for its next one.
+driver counts, the CPU seconds that searcher and scheduler really took are added (of all threads; the rest of the
+machine's load is not theirs): they deal with one event after the other, and a worker whose trial has ended waits for
+its next one.
 """
 
 import heapq
@@ -67,9 +68,9 @@ def run(
 
     def timed(call: str, function: Callable[..., Any], *arguments: Any) -> Any:
         nonlocal driver_free
-        began = time.perf_counter()
+        began = time.process_time()
         answer = function(*arguments)
-        took = time.perf_counter() - began
+        took = time.process_time() - began
         replay.driver[call].append(took)
         replay.driver_seconds += took
         driver_free += took if driver_counts else 0.0

@@ -2,7 +2,7 @@
 
     python -m benchmarks.simulate_scale [--workers 500 --trials 5000]
 
-The clock is simulated, the driver's seconds are real ones of this machine and count on that clock: see replay.py. A
+The clock is simulated, the driver's CPU seconds are real ones of this machine and count on that clock: replay.py. A
 full training takes 10 minutes. Model of a training: the recorded curve of the nearest configuration
 (curves/digits.parquet), each value times a lognormal of 0.1, and the seconds of the whole times another, so that a
 configuration that comes twice differs and workers drift apart. What Tune itself takes is not in it: see
@@ -29,7 +29,7 @@ from search.searcher import HonestOptunaSearch
 from search.watch import SearchView
 from trainer.storage import Storage
 
-CELLS = ((8, 500), (64, 1000), (500, 5000), (1000, 5000))
+CELLS = ((8, 200), (64, 500), (500, 5000), (1000, 5000))
 FULL_SECONDS, SPREAD = 600.0, 0.1
 GAP_SECONDS = 1.0  # from a trial's start to its first step; what orchestration.py holds the runner to
 LIMITS = {"workers": 500, "busy": 0.95, "driver_share": 0.2}

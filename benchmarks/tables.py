@@ -79,9 +79,9 @@ def simulate_scale(result: dict[str, Any]) -> str:
             "## One driver and many workers",
             "The project's searcher, scheduler, trials table and leaderboard on a simulated clock "
             f"(`benchmarks/replay.py`): trials of {result['full_seconds'] / 60:.0f} minutes in full, most of them "
-            f"stopped early, {result['gap_seconds']:g} s from a trial's start to its first step. The driver's seconds "
-            "are real and count on that clock. Busy and the driver's share are until the last trial was begun. Tune's "
-            "own work is not in it.",
+            f"stopped early, {result['gap_seconds']:g} s from a trial's start to its first step. The driver's CPU "
+            "seconds are real and count on that clock; waits for the disk (about three syncs a trial) and Tune's own "
+            "work are not in it. Busy and the driver's share are until the last trial was begun.",
             _table(
                 ["workers", "trials", "workers busy", "driver busy", "ms an event", "ms a suggestion, first → last "
                  "tenth", "suggestions' share", "memory, MiB"],
