@@ -33,6 +33,7 @@ from trainer.storage import Storage
 
 TRIALS, EPOCHS, AT_ONCE = 24, 9, 2
 SETTINGS = [f"trials={TRIALS}", f"train.epochs={EPOCHS}", "final.top=1", "final.images=100", "final.split_size=100"]
+SETTINGS += ["early_stopping.rungs=[0.23, 0.45]"]  # not the first epoch: its event would be logged after its scoring
 NONE = ["early_stopping.scheduler=none"]
 RUNNERS = {
     "train": ["runner=train", *NONE],

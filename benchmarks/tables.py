@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS
 
+MEMORY = ("driver_memory_mib", "memory_of_all_processes_mib")
 PAGE = RESULTS.parent / "benchmarks.md"
 
 
@@ -23,7 +24,7 @@ def page() -> str:
         if path.exists():
             result = json.loads(path.read_text())
             parts.append(section(result))
-            parts.append(f"`python -m benchmarks.{name}`, {result['machine']}, commit {result['commit']}.")
+            parts.append(f"`python -m benchmarks.{name}`, {result['machine']}, commit {result['commit']}. {result.get('note', '')}".strip())
     return "\n\n".join(parts) + "\n"
 
 
@@ -100,14 +101,15 @@ def orchestration(result: dict[str, Any]) -> str:
     }
     rows = []
     for name, run in result["runners"].items():
-        rows.append([names[name], f"{run['training_seconds_a_trial']:.1f}", f"{run['seconds']:.0f}"])
+        cut = f", {run['trials']} trials: {run['cut']}" if "cut" in run else ""
+        rows.append([names[name] + cut, f"{run['training_seconds_a_trial']:.1f}", f"{run['seconds']:.0f}"])
         if name != "plain":
             rows[-1] += [
                 f"{run['busy']:.0%}",
                 f"{run['median_gap_seconds']:.2f} ({run['largest_gap_seconds']:.2f})",
                 f"{run['first_step_seconds']:.0f}",
-                f"{run['driver_cpu_seconds'] / run['trials']:.2f}",
-                f"{run['driver_memory_mib']:.0f} / {run['memory_of_all_processes_mib']:.0f}",
+                "–" if run["driver_cpu_seconds"] is None else f"{run['driver_cpu_seconds'] / run['trials']:.2f}",
+                " / ".join("–" if run[of] is None else f"{run[of]:.0f}" for of in MEMORY),
             ]
         else:
             rows[-1] += ["100%", "–", "–", "–", "–"]
