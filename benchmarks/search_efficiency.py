@@ -176,7 +176,17 @@ def compare(repeats: int) -> None:
     with ProcessPoolExecutor(2) as processes:
         jobs = [processes.submit(repeat, seed, recorded, costs, target) for seed in range(repeats)]
         runs = [job.result() for job in jobs]
+    summarise(recorded, costs, target, qualities, runs)
 
+
+def summarise(
+    recorded: list[curves.Curve],
+    costs: Costs,
+    target: float,
+    qualities: list[float],
+    runs: list[dict[str, list[Outcome]]],
+) -> None:
+    """Writes the result. Fails where the aim is missed."""
     rng = np.random.default_rng(0)
     base = np.array([_until(run["random search"], target) for run in runs])
     methods = {}
@@ -185,16 +195,18 @@ def compare(repeats: int) -> None:
         chosen = np.array([_chosen(run[name], EQUAL_COST * costs.full) for run in runs])
         best = np.array([_best(run[name], EQUAL_COST * costs.full) for run in runs])
         picks = rng.integers(0, len(runs), (2000, len(runs)))
+        often = np.isfinite(cost).mean() >= 0.9
         methods[name] = {
-            "full_trainings_until_quality": _interval(cost / costs.full, picks),
             "reached": float(np.isfinite(cost).mean()),
-            "cost_ratio_to_random": _ratio(cost, base, picks),
+            # Of one that mostly does not come to it, the cost where it does would say nothing.
+            "full_trainings_until_quality": _interval(cost / costs.full, picks) if often else None,
+            "cost_ratio_to_random": _ratio(cost, base, picks) if often else None,
             "chosen_frechet_at_equal_cost": _interval(chosen, picks),
             "best_frechet_at_equal_cost": _interval(best, picks),
         }
     known = [c.fresh_frechet for c in recorded if c.source == "known"]
     result = provenance(0) | {
-        "repeats": repeats,
+        "repeats": len(runs),
         "workers": WORKERS,
         "pool": {source: sum(c.source == source for c in recorded) for source in ("known", "random", "failing")},
         "failing_the_screen": sum(c.screened is not None for c in recorded),
@@ -208,9 +220,9 @@ def compare(repeats: int) -> None:
         "methods": methods,
     }
     write("search_efficiency", result)
-    ratio = methods["this search"]["cost_ratio_to_random"]["value"]
-    if ratio > LIMITS["cost_ratio_to_random"]:
-        raise SystemExit(f"missed: cost ratio to random search {ratio:.2f} (aim {LIMITS['cost_ratio_to_random']})")
+    ratio = methods["this search"]["cost_ratio_to_random"]
+    if ratio is None or ratio["value"] > LIMITS["cost_ratio_to_random"]:
+        raise SystemExit(f"missed: cost ratio to random search {ratio} (aim {LIMITS['cost_ratio_to_random']})")
 
 
 def _until(found: list[Outcome], target: float) -> float:

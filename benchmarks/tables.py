@@ -24,7 +24,8 @@ def page() -> str:
         if path.exists():
             result = json.loads(path.read_text())
             parts.append(section(result))
-            parts.append(f"`python -m benchmarks.{name}`, {result['machine']}, commit {result['commit']}. {result.get('note', '')}".strip())
+            where = f"{result['machine']}, commit {result['commit']}. {result.get('note', '')}"
+            parts.append(f"`python -m benchmarks.{name}`, {where}".strip())
     return "\n\n".join(parts) + "\n"
 
 
@@ -128,7 +129,9 @@ def orchestration(result: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
-def _interval(value: dict[str, float], digits: int) -> str:
+def _interval(value: dict[str, float] | None, digits: int) -> str:
+    if value is None:
+        return "–"
     return f"{value['value']:.{digits}f} ({value['low']:.{digits}f}–{value['high']:.{digits}f})"
 
 
