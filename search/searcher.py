@@ -16,6 +16,7 @@ from search import samplers, space
 from search.budget import Budget
 from search.config import SearchConfig, UserError
 from search.records import Live, Records, Row
+from search.study import ShortMemory
 from trainer import schedules
 
 MAX_UNTRAINED_IN_A_ROW = 200  # screened and reused ones: then there is nothing new to be found in the space
@@ -48,7 +49,11 @@ class HonestOptunaSearch(Live, OptunaSearch):
             # A resumed search must not draw again what it drew before; a fresh one depends on the seed alone.
             sampler=samplers.make(config, config.seed + len(records)),
             study_name=config.name,
-            storage=storage,
+            storage=ShortMemory(),
+        )
+        # Ended trials are copied: a study that lived in a journal would write ten lines a trial, each with a sync.
+        self._copy = optuna.create_study(
+            storage=storage, study_name=config.name, directions=self._ot_study.directions, load_if_exists=True
         )
         self.ended: str | None = None
         self._ot_study.stop = self._exhausted  # what grids call, and Optuna allows in its own loop only
@@ -169,7 +174,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
         for step, value in self._values(row).items():
             ot_trial.report(value, step)
         state = self._state(row)
-        self._ot_study.tell(ot_trial, self._final(row), state=state)
+        self._copy.add_trial(self._ot_study.tell(ot_trial, self._final(row), state=state))
 
     def _tell_reused(self, row: Row) -> None:
         """A trial has ended: so have those that equal it."""
@@ -184,16 +189,16 @@ class HonestOptunaSearch(Live, OptunaSearch):
         searched = space.distributions(self.config, row.family)
         row = self._outcome(row)
         state, values = self._state(row), list(self._values(row).values())
-        self._ot_study.add_trial(
-            optuna.trial.create_trial(
-                state=state,
-                # Optuna's tell() gives a pruned trial its last rung's value, which create_trial() leaves to us.
-                value=self._final(row) if state != TrialState.PRUNED else values[-1] if values else None,
-                params={name: params[name] for name in searched},
-                distributions=searched,
-                intermediate_values=self._values(row),
-            )
+        trial = optuna.trial.create_trial(
+            state=state,
+            # Optuna's tell() gives a pruned trial its last rung's value, which create_trial() leaves to us.
+            value=self._final(row) if state != TrialState.PRUNED else values[-1] if values else None,
+            params={name: params[name] for name in searched},
+            distributions=searched,
+            intermediate_values=self._values(row),
         )
+        self._ot_study.add_trial(trial)
+        self._copy.add_trial(trial)
 
     def _values(self, row: Row) -> dict[int, float]:
         """Epoch → value of the metric, for the rungs that have one."""

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from search.config import UserError, load
-from search.records import CONFIG, FILE, Records, open_run, read_run, storage_at
+from search.records import CONFIG, FILE, SMALL, Records, open_run, read_run, storage_at
 from trainer.storage import Storage
 
 # DESIGN.md, section 6; `source` is ours: which rows are known points, so that a resumed search tries none twice.
@@ -71,6 +71,24 @@ def test_every_change_is_on_disk_when_the_call_returns(records, row):
     assert Records.load(records.run)["t0000-cosine"].reason == "one"
     records.report("t0000-cosine", metrics(1), None)
     assert Records.load(records.run)["t0000-cosine"].epoch == 1
+
+
+def test_a_long_table_has_new_rows_at_once_and_changes_soon(records, row, monkeypatch):
+    """Writing it takes longer, so not every change is written by itself; the last one is, by nothing but time."""
+    for index in range(SMALL + 1):
+        records._rows[f"t{index:04d}"] = row(f"t{index:04d}")
+    records.add(row("t9999"))
+    assert len(Records.load(records.run)) == SMALL + 2
+    writes = []
+    write = Storage.write
+    monkeypatch.setattr(Storage, "write", lambda self, *file: (writes.append(file[0]), write(self, *file)))
+    for index in range(SMALL):
+        records.update(f"t{index:04d}", epoch=3)
+    assert len(writes) < SMALL / 4
+    end = time.monotonic() + 20
+    while time.monotonic() < end and [row.epoch for row in Records.load(records.run)].count(3) < SMALL:
+        time.sleep(0.01)
+    assert list(Records.load(records.run)) == list(records)
 
 
 def test_a_repeated_epoch_changes_nothing(records, row):

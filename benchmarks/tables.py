@@ -1,0 +1,145 @@
+"""docs/benchmarks.md from docs/results/*.json, so that no figure in it is typed by hand.
+
+python -m benchmarks.tables
+"""
+
+import json
+from typing import Any
+
+from benchmarks.common import RESULTS
+
+MEMORY = ("driver_memory_mib", "memory_of_all_processes_mib")
+PAGE = RESULTS.parent / "benchmarks.md"
+
+
+def page() -> str:
+    """The whole of docs/benchmarks.md; a benchmark that has no results yet is left out."""
+    parts = ["# Measured", "Written by `python -m benchmarks.tables` from `docs/results/`."]
+    for name, section in (
+        ("search_efficiency", search_efficiency),
+        ("simulate_scale", simulate_scale),
+        ("orchestration", orchestration),
+    ):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            parts.append(section(result))
+            where = f"{result['machine']}, commit {result['commit']}. {result.get('note', '')}"
+            parts.append(f"`python -m benchmarks.{name}`, {where}".strip())
+    return "\n\n".join(parts) + "\n"
+
+
+def search_efficiency(result: dict[str, Any]) -> str:
+    pool, at = result["pool"], result["equal_cost_full_trainings"]
+    rows = []
+    for name, method in result["methods"].items():
+        cells = [
+            _interval(method["full_trainings_until_quality"], 1),
+            _interval(method["cost_ratio_to_random"], 2),
+            f"{method['reached']:.0%}",
+            _interval(method["chosen_frechet_at_equal_cost"], 1),
+        ]
+        rows.append([name, *cells])
+    correlations = result["rank_correlation_with_quality"]
+    told = [[f"epoch {epoch}", *(f"{value:+.2f}" for value in row.values())] for epoch, row in correlations.items()]
+    return "\n\n".join(
+        [
+            "## What a search costs until it has a good model",
+            f"{sum(pool.values())} trainings of the digits data were recorded ({pool['random']} configurations drawn "
+            f"at random, {pool['known']} known points, {pool['failing']} more that fail the screen) and "
+            f"{result['repeats']} searches by each method replayed from them, each on a random part of the pool: the "
+            "real searchers and schedulers suggest, the nearest recorded configuration answers. Cost is CPU time "
+            f"({result['cpu_seconds']['full']:.1f} s a full training) until a full training has a Fréchet distance, on "
+            f"noise that no rung has seen, of at most {result['target_frechet']:.1f}: what one random configuration in "
+            f"twenty has. Chosen: what each method itself holds for its best at the cost of {at} full trainings. "
+            "In brackets 95 % bootstrap intervals over the repeats, which do not cover that there is one pool, one "
+            "data set and one seed a training. `without` leaves one part of this search out.",
+            _table(["method", "full trainings' cost", "ratio to random", "reached", "Fréchet chosen"], rows),
+            "Rank correlation with the quality at the end, of configurations that pass the screen:",
+            _table(["measured at", "validation loss", "grid loss", "Fréchet of 128 images"], told),
+        ]
+    )
+
+
+def simulate_scale(result: dict[str, Any]) -> str:
+    rows = [
+        [
+            f"{cell['workers']:,}",
+            f"{cell['trials']:,}",
+            f"{cell['busy']:.1%}",
+            f"{cell['driver_share']:.1%}",
+            f"{cell['driver_ms_an_event']:.0f}",
+            f"{cell['suggestion_ms_by_tenth_of_the_search'][0]:.0f} → "
+            f"{cell['suggestion_ms_by_tenth_of_the_search'][-1]:.0f}",
+            f"{cell['suggestion_share_of_driver']:.0%}",
+            f"{cell['memory_mib']:.0f}",
+        ]
+        for cell in result["cells"]
+    ]
+    return "\n\n".join(
+        [
+            "## One driver and many workers",
+            "The project's searcher, scheduler, trials table and leaderboard on a simulated clock "
+            f"(`benchmarks/replay.py`): trials of {result['full_seconds'] / 60:.0f} minutes in full, most of them "
+            f"stopped early, {result['gap_seconds']:g} s from a trial's start to its first step. The driver's CPU "
+            "seconds are real and count on that clock; waits for the disk (about three syncs a trial) and Tune's own "
+            "work are not in it. Busy and the driver's share are until the last trial was begun.",
+            _table(
+                ["workers", "trials", "workers busy", "driver busy", "ms an event", "ms a suggestion, first → last "
+                 "tenth", "suggestions' share", "memory, MiB"],
+                rows,
+            ),
+        ]
+    )  # fmt: skip
+
+
+def orchestration(result: dict[str, Any]) -> str:
+    names = {
+        "train": "`runner: train`",
+        "reuse": "`runner: reuse`",
+        "reuse-asha": "`runner: reuse`, with early stopping",
+        "plain": "two plain processes (the limit)",
+    }
+    rows = []
+    for name, run in result["runners"].items():
+        cut = f", {run['trials']} trials: {run['cut']}" if "cut" in run else ""
+        rows.append([names[name] + cut, f"{run['training_seconds_a_trial']:.1f}", f"{run['seconds']:.0f}"])
+        if name != "plain":
+            rows[-1] += [
+                f"{run['busy']:.0%}",
+                f"{run['median_gap_seconds']:.2f} ({run['largest_gap_seconds']:.2f})",
+                f"{run['first_step_seconds']:.0f}",
+                "–" if run["driver_cpu_seconds"] is None else f"{run['driver_cpu_seconds'] / run['trials']:.2f}",
+                " / ".join("–" if run[of] is None else f"{run[of]:.0f}" for of in MEMORY),
+            ]
+        else:
+            rows[-1] += ["100%", "–", "–", "–", "–"]
+    return "\n\n".join(
+        [
+            "## The cluster's time",
+            f"A search of {result['trials']} trials of the digits demo on two cores, two at once. Busy: seconds of "
+            "training and scoring over the cores' seconds from the first trial's first step to the last one's end. "
+            "Gap: from a trial's end to the next one's first step on the same core.",
+            _table(
+                ["runner", "s a training", "s in all", "busy", "gap, s: median (largest)", "s from the command to the "
+                 "first step", "driver CPU s a trial", "MiB: driver / all processes"],
+                rows,
+            ),
+        ]
+    )  # fmt: skip
+
+
+def _interval(value: dict[str, float] | None, digits: int) -> str:
+    if value is None:
+        return "–"
+    return f"{value['value']:.{digits}f} ({value['low']:.{digits}f}–{value['high']:.{digits}f})"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(f"written: {PAGE}")

@@ -1,0 +1,98 @@
+"""The benchmarks' own arithmetic: the simulated clock, the nearest curve, and the page that is made of the results."""
+
+import time
+
+import pytest
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+from benchmarks import curves, replay, tables
+
+
+class Endless:
+    """Suggests the next number for ever."""
+
+    def __init__(self):
+        self.suggested, self.completed = 0, []
+
+    def suggest(self, trial_id):
+        self.suggested += 1
+        return {"number": self.suggested}
+
+    def on_trial_result(self, trial_id, result):
+        pass
+
+    def on_trial_complete(self, trial_id, result):
+        self.completed.append(result["number"])
+
+
+class StopsOdd(FIFOScheduler):
+    def on_trial_result(self, tune_controller, trial, result):
+        return TrialScheduler.STOP if result["number"] % 2 else TrialScheduler.CONTINUE
+
+
+def two_reports(config):
+    return [(10.0, config), (30.0, config)]
+
+
+def test_without_a_driver_s_time_the_clock_is_the_trainings_alone():
+    searcher = Endless()
+    done = replay.run(searcher, FIFOScheduler(), two_reports, workers=3, trials=12, gap_seconds=2.0)
+    assert done.seconds == 4 * (2.0 + 30.0)
+    assert sorted(searcher.completed) == list(range(1, 13))
+    assert done.busy_until_spent == pytest.approx(3 * 30.0 / (3 * 32.0 + 2.0))
+
+
+def test_a_stopped_trial_makes_way_at_its_report():
+    done = replay.run(Endless(), StopsOdd(), two_reports, workers=1, trials=4)
+    assert [trial.ended for trial in done.trials] == [10.0, 40.0, 50.0, 80.0]
+
+
+def test_a_search_ends_when_it_has_enough():
+    done = replay.run(
+        Endless(), FIFOScheduler(), two_reports, 2, 100, ended=lambda replay, trial: len(replay.trials) > 5
+    )
+    assert len(done.trials) == 6
+
+
+def test_workers_wait_for_a_slow_driver():
+    """Eight trials that end at once, and a driver that takes a hundredth of a second for each."""
+
+    class Slow(Endless):
+        def suggest(self, trial_id):
+            began = time.process_time()
+            while time.process_time() < began + 0.01:
+                pass
+            return super().suggest(trial_id)
+
+    done = replay.run(Slow(), FIFOScheduler(), lambda config: [(0.1, config)], 8, 32, driver_counts=True)
+    assert done.driver_seconds >= 0.32
+    assert done.seconds >= 0.1 + 0.32
+    assert done.busy_until_spent < 1
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return curves.load(curves.FILE)
+
+
+def test_a_recorded_configuration_is_its_own_nearest(recorded):
+    nearest = curves.Nearest(recorded)
+    places = range(0, len(recorded), 7)
+    assert [nearest(recorded[place].params()) for place in places] == list(places)
+    first = recorded[0].params()
+    assert nearest(first, {0}) not in (0, None)
+    assert nearest(first, set(range(len(recorded)))) is None
+
+
+def test_near_is_by_what_a_schedule_does_and_not_by_its_name(recorded):
+    """sigmoid(-3, 3, 1.1) and cosine(0, 1, 1) are much the same curve, linear(1e-4, 0.02) is another."""
+    by_family = {c.family: c for c in reversed(recorded) if c.source == "known"}
+    nearest = curves.Nearest([by_family["linear"], by_family["sigmoid"]])
+    cosine = recorded[0].params() | {"family": "cosine", "start": 0.0, "end": 1.0, "tau": 1.0}
+    place = nearest(cosine)
+    assert place is not None
+    assert nearest.curves[place].family == "sigmoid"
+
+
+def test_the_page_is_made_of_the_results():
+    assert tables.PAGE.read_text() == tables.page(), "python -m benchmarks.tables"
