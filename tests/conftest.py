@@ -8,11 +8,13 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 
 from search.records import Records, Row
 from trainer.storage import Storage
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
+torch.set_num_threads(1)  # tensors of tests are small: two threads wait for each other, much longer on a busy machine
 ended: list[int] = []
 
 

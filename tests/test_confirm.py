@@ -1,10 +1,14 @@
 """Laws of search/confirm.py that need no training; tests/test_end_to_end.py has one that is cut and goes on."""
 
+from typing import Any
+
 from rich.console import Console
 
+from cluster.capacity import Placement
 from evaluation.config import ConfirmConfig
 from search import confirm, tuner
 from search.config import SearchConfig
+from search.interrupt import Interrupt
 from search.records import Records
 from search.searcher import HonestOptunaSearch
 
@@ -36,7 +40,10 @@ def test_what_is_trained_already_is_not_trained_again_and_a_failure_is_told(reco
     for name in list(parents)[:2]:
         again.update(name, state="completed", checkpoint=f"train/{name}/checkpoint_000000001")
     again.update("a-seed3", state="failed", reason="the loss is nan at step 3")
-    candidates, failed = confirm.train_again(CONFIG, records.run, chosen, "frechet", None, 1, False, Console())  # type: ignore[arg-type]
+    scorer: Any = None
+    candidates, failed = confirm.train_again(
+        CONFIG, records.run, chosen, scorer, Placement(1, {"CPU": 1}), Console(), Interrupt()
+    )
     assert [(c.trial, c.repeats) for c in candidates] == [(name, "a") for name in parents]
     assert candidates[0].checkpoint == "confirm/train/a-seed1/checkpoint_000000001"
     assert failed == {"a-seed3": "the loss is nan at step 3"}
