@@ -32,7 +32,7 @@ SETTINGS = (
     "train.model.channels=[8, 16]", "train.model.attention=[false, true]", "train.model.attention_head_dim=8",
     "train.model.norm_groups=4",
 )  # fmt: skip
-VICTIMS = ("ray::RayTrainWorker", "ray::trial", "driver")
+VICTIMS = ("ray::RayTrainWorker", "ray::ImplicitFunc", "driver")
 
 
 def start(run: Path, log: Path) -> psutil.Popen:
