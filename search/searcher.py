@@ -23,8 +23,8 @@ class HonestOptunaSearch(Live, OptunaSearch):
 
     Interrupted trials of a resumed run come first, then known points that were not tried, then suggestions.
     Differs from Ray's OptunaSearch in what Optuna is told: a trial that was stopped early is PRUNED with the value
-    of each of its rungs (Ray tells COMPLETE, and TPE takes an early value for a final one); a failed one is FAIL;
-    a screened one is PRUNED without a value, which TPE ranks below all others.
+    of each of its rungs (Ray tells COMPLETE, and TPE takes an early value for a final one); a failed one is FAIL,
+    and so is a screened one: TPE would take PRUNED ones without a value for the best there are until others have one.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
         if row.state == "completed" and row.rungs and row.rungs[-1]["epoch"] in self._values(row):
             return TrialState.COMPLETE
         # One that was completed and drew no finite images has no value to tell.
-        return TrialState.FAIL if row.state in ("failed", "completed") else TrialState.PRUNED
+        return TrialState.FAIL if row.state in ("failed", "completed", "screened") else TrialState.PRUNED
 
 
 def screen(config: SearchConfig, row: Row) -> str | None:
