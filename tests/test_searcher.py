@@ -112,9 +112,9 @@ def test_degenerate_suggestions_are_recorded_with_their_reason_and_never_started
     assert started == {row.trial for row in records if row.state == "running"}
     assert any("schedule.start < schedule.end must hold" in str(row.reason) for row in screened)
     assert all(row.start < row.end for row in records if row.state == "running")
-    pruned = [trial for trial in told(search) if trial.state == TrialState.PRUNED]
-    assert len(pruned) == len(screened)
-    assert all(trial.value is None and not trial.intermediate_values for trial in pruned)
+    failed = [trial for trial in told(search) if trial.state == TrialState.FAIL]
+    assert len(failed) == len(screened)
+    assert all(trial.value is None and not trial.intermediate_values for trial in failed)
 
 
 def test_a_space_that_holds_nothing_worth_training_is_the_user_s_error(records, monkeypatch):
@@ -305,6 +305,14 @@ def test_the_same_seed_gives_the_same_suggestions(tmp_path):
     first = suggestions("first", 0)
     assert suggestions("again", 0) == first
     assert suggestions("other", 1)[len(CONFIG.known_points) :] != first[len(CONFIG.known_points) :]
+
+
+def test_screened_suggestions_do_not_draw_more_of_their_kind_while_nothing_has_a_value(records):
+    """A large cluster starts hundreds of trials before the first one ends."""
+    search = make(records)
+    for index in range(150):
+        suggest(search, f"id{index}")
+    assert 0 < sum(row.state == "screened" for row in records) < 40  # of random draws, one in sixteen
 
 
 def test_the_journal_opens_with_plain_optuna(records, tmp_path):
