@@ -26,16 +26,12 @@ UNTRAINED = ("screened", "reused")
 class HonestOptunaSearch(Live, OptunaSearch):
     """Optuna over the conditional space, its trials those of the trials table.
 
-        Interrupted trials of a resumed run come first, then known points that were not tried, then suggestions.
-        Differs from Ray's OptunaSearch in what Optuna is told: a trial that was stopped early is PRUNED with the value
-    <<<<<<< HEAD
-        of each of its rungs (Ray tells COMPLETE, and TPE takes an early value for a final one); a failed one is FAIL;
-        a screened one is PRUNED without a value, which TPE ranks below all others; a reused one is told what became of the
-        trial that it equals, once that has ended. `ended` says why nothing more is suggested, where that is so.
-    =======
-        of each of its rungs (Ray tells COMPLETE, and TPE takes an early value for a final one); a failed one is FAIL,
-        and so is a screened one: TPE would take PRUNED ones without a value for the best there are until others have one.
-    >>>>>>> bench
+    Interrupted trials of a resumed run come first, then known points that were not tried, then suggestions.
+    Differs from Ray's OptunaSearch in what Optuna is told: a trial that was stopped early is PRUNED with the value
+    of each of its rungs (Ray tells COMPLETE, and TPE takes an early value for a final one); a failed one is FAIL, and
+    so is a screened one: TPE would take PRUNED ones without a value for the best there are until others have one. A
+    reused one is told what became of the trial that it equals, once that has ended. `ended` says why nothing more is
+    suggested, where that is so.
     """
 
     def __init__(
