@@ -32,6 +32,12 @@ class ShortMemory(InMemoryStorage):
             trials = [trial for trial in trials if trial.state in states]
         return copy.deepcopy(trials) if deepcopy else trials
 
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        # TPE's note of a running trial's parameters for other processes, in which it is of all families at once: this
+        # study has one process, and reading 500 such notes took a third of a suggestion.
+        if not key.startswith("tpe:relative_params"):
+            super().set_trial_system_attr(trial_id, key, value)
+
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         finished = self.get_all_trials(study_id, False, (TrialState.COMPLETE, TrialState.PRUNED))
         if len(finished) > MOST:
