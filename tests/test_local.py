@@ -62,6 +62,7 @@ def stored() -> None:
             thread.join()
 
 
+@pytest.mark.slow
 def test_training_goes_on_while_a_checkpoint_is_stored(held):
     def log(metrics: loop.Metrics) -> None:
         if metrics["epoch"] == 2:
@@ -73,6 +74,7 @@ def test_training_goes_on_while_a_checkpoint_is_stored(held):
     assert_same_tensors(found[1].state, record(EVERY_EPOCH)["states"][10])
 
 
+@pytest.mark.slow
 def test_what_the_storage_refuses_ends_the_training_and_the_one_before_is_gone_on_from(held):
     HeldFiles.go_on.set()
 
@@ -134,6 +136,7 @@ def test_two_checkpoints_are_kept_and_the_last_rungs_but_broken_ones_of_later_st
     assert [int(name[-2:]) for name in checkpoint.names(checkpoints)] == [13, 17]
 
 
+@pytest.mark.slow
 def test_what_is_to_be_watched_is_in_the_events(tmp_path):
     """Of a training that was cut in its second epoch and resumed: every epoch once."""
     images = toy_images()

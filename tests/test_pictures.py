@@ -81,6 +81,7 @@ def test_panels_hold_the_schedule_tables():
     assert log_snr.curves[0].y.tolist() == pytest.approx(np.log(signal / (1 - signal)).tolist())
 
 
+@pytest.mark.slow
 def test_plots_are_pictures_and_more_schedules_make_a_taller_one(tmp_path: Path):
     heights = []
     for count in (1, 3):

@@ -162,6 +162,7 @@ def share_called_different(rankings: int) -> float:
     return float(np.mean([r[0].tied_with == () for r in rows]))
 
 
+@pytest.mark.slow
 def test_equal_trials_are_called_different_in_about_5_of_100():
     assert 0.01 <= share_called_different(100) <= 0.10
 

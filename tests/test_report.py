@@ -123,6 +123,7 @@ def test_page_is_one_well_formed_file_that_asks_for_nothing_else():
     assert "@import" not in full()
 
 
+@pytest.mark.slow
 def test_same_run_gives_the_same_page_to_the_byte():
     assert full() == full.__wrapped__()
 
@@ -163,6 +164,7 @@ def test_every_trial_is_listed_with_its_state_and_reason():
     assert "it diverged" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [[], ROWS, [row("t0", "screened", start=1.0, end=1.0, reason="law")]])
 @pytest.mark.parametrize("ranked", [None, ranking(entry(None, "t0", reason="it diverged"))])
 def test_what_is_missing_is_said_in_a_sentence(rows: list[dict[str, Any]], ranked: dict[str, Any] | None):
@@ -185,6 +187,7 @@ def test_a_ranked_trial_alone_and_a_data_set_without_labels_have_a_report():
     assert "So far t1, cosine(0, 1, tau 1) is best by the grid loss: 0.1 at epoch 10" in unranked
 
 
+@pytest.mark.slow
 def test_no_text_can_become_markup():
     evil = '"><script>alert(1)</script>&'
     rows = [row(evil, family=evil, source=evil, reason=evil), row("t2", "stopped", reason=evil)]
@@ -221,6 +224,7 @@ def test_without_a_ranking_the_best_is_who_did_best_at_the_last_rung_that_any_ca
     assert "t0 cosine(0, 1, tau 1) known" not in text
 
 
+@pytest.mark.slow
 def test_every_schedule_that_can_be_drawn_has_a_strip_of_noised_images():
     rows = [*ROWS, row("t6", "screened", family="linear", start=1e-4, end=1e-3, source="known", reason="prior KL")]
     text = Page(render(rows, real_samples=IMAGES)).text

@@ -209,6 +209,7 @@ def test_kid_influence_is_the_derivative_in_the_weight_of_an_image():
         assert found == pytest.approx((ends[1] - ends[0]) / (2 * step), rel=0.02, abs=1e-4)  # but 1/N for its own pair
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "low", "high"), [(0.05, 0.92, 0.99), (0.0, 0.95, 1.0)])
 def test_kid_interval_covers_its_expectation(shift, low, high):
     found = [
