@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast test-faults lint clean
 
 demo: .venv/installed
 	@if [ -f runs/demo/config.yaml ] && [ ! -f runs/demo/samples.png ]; then \
@@ -17,10 +17,14 @@ demo: .venv/installed
 	fi
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not faults"
 
 test-fast: .venv/installed
 	$(BIN)/python -m pytest -m "not slow"
+
+# Kills workers, nodes, drivers and heads of clusters of several nodes on this machine; some twenty minutes.
+test-faults: .venv/installed
+	$(BIN)/python -m pytest -m faults
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -27,7 +27,8 @@ from trainer.storage import Storage
 
 EPOCHS, RUNGS = 4, [1, 2, 4]
 SETTINGS = (
-    "runner=train", "trials=100000", f"train.epochs={EPOCHS}", "train.checkpoint_seconds=0.01", "train.data.labels=false",
+    "runner=train", "trials=100000", f"train.epochs={EPOCHS}", "train.checkpoint_seconds=0.01",
+    "train.data.labels=false",
     "early_stopping.scheduler=none", "early_stopping.rungs=[0.25, 0.5]", "train.data.subset=160",
     "train.model.channels=[8, 16]", "train.model.attention=[false, true]", "train.model.attention_head_dim=8",
     "train.model.norm_groups=4",

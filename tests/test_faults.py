@@ -21,7 +21,7 @@ from search.records import Records
 from trainer import checkpoint
 from trainer.storage import Storage
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(600)]
 EPOCHS, TRIALS = 12, 2
 # Nothing judges these images, so that a search is its trainings alone; a checkpoint every epoch.
 SETTINGS = (

@@ -178,6 +178,7 @@ def scenario_of_a_lost_node(_: int, folder: str, temporary: str) -> None:
         assert final_loss(run) == pytest.approx(uninterrupted(tmp_path)[CONFIG.epochs], rel=1e-4)
 
 
+@pytest.mark.faults
 def test_a_training_whose_node_is_lost_goes_on_with_fewer_workers_and_the_same_curve(tmp_path, tmp_path_factory):
     mp.spawn(scenario_of_a_lost_node, (str(tmp_path), str(tmp_path_factory.mktemp("r"))), nprocs=1)
     assert final_loss(Storage(tmp_path / "run")) > 0

@@ -75,6 +75,7 @@ def test_a_storage_that_is_away_is_waited_for_and_a_wrong_one_is_not(server):
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.faults
 def test_a_search_on_s3_is_killed_resumed_and_outlives_its_storage_s_absence(server, tmp_path, tmp_path_factory):
     environment = {**os.environ, "HOME": str(tmp_path), "RAY_TMPDIR": str(tmp_path_factory.mktemp("r"))}
     command = (sys.executable, "-m", "search.cli")
