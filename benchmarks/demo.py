@@ -1,6 +1,6 @@
 """The demo from the command to the export: seconds, trials, and how close its winner comes to real digits.
 
-    python benchmarks/demo.py
+    python -m benchmarks.demo
 
 Runs in a folder and a HOME of its own, so that nothing is cached. Fails where the demo's bars are not met.
 """
@@ -26,7 +26,7 @@ def main() -> None:
         command = (sys.executable, "-m", "search.cli")
         subprocess.run(
             (*command, "run", "digits", "--name", "demo", "--storage", folder),
-            env=os.environ | {"HOME": folder},
+            env=os.environ | {"HOME": folder, "DDPM_SEARCH_CACHE": f"{folder}/cache"},
             check=True,
         )
         seconds = time.monotonic() - began

@@ -150,7 +150,7 @@ def _inside(params: Mapping[str, Any], parameters: Mapping[str, Any]) -> bool:
 def _fanova(params: Sequence[Mapping[str, Any]], values: np.ndarray, parameters: Mapping[str, Any]) -> dict[str, float]:
     import optuna
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+    from optuna.importance import FanovaImportanceEvaluator
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     distributions: dict[str, BaseDistribution] = {
@@ -164,5 +164,5 @@ def _fanova(params: Sequence[Mapping[str, Any]], values: np.ndarray, parameters:
         optuna.trial.create_trial(params=dict(own), distributions=distributions, value=float(value))
         for own, value in zip(params, values, strict=True)
     )
-    found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0, n_trees=TREES))
+    found = FanovaImportanceEvaluator(seed=0, n_trees=TREES).evaluate(study)
     return {name: float(found.get(name, 0.0)) for name in parameters}

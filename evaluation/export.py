@@ -124,7 +124,9 @@ def model_card(
     row: the trial in trials.parquet. ranking: ranking.json, entry: the trial in it, or the one it repeats; None where
     it was not scored.
     """
-    schedule = ScheduleConfig.model_construct(**{name: row[name] for name in ("family", "start", "end", "tau")})
+    space = (row.get("settings") or {}).get("schedule.space", "alpha_bar")
+    own = {name: row[name] for name in ("family", "start", "end", "tau")}
+    schedule = ScheduleConfig.model_construct(**own, space=space)
     lines = [
         "---",
         "library_name: diffusers",

@@ -82,11 +82,16 @@ def pool(values: Array, covariance: Array, members: Sequence[Sequence[int]]) -> 
     dof = int((counts - 1).sum())
     if not dof:
         return Joint(means, sampling, np.zeros(len(members)), np.inf)
-    spread = 0.0
+    spread, of_images = 0.0, []
     for row, own in enumerate(members):
         if len(own) > 1:
             spread += np.square(values[own] - means[row]).sum()
             block = covariance[np.ix_(own, own)]
             # What seeds do not share is in their spread already.
-            sampling[row, row] = max(0.0, (block.sum() - np.trace(block)) / (len(own) * (len(own) - 1)))
-    return Joint(means, sampling, spread / dof / counts, dof)
+            shared = (block.sum() - np.trace(block)) / (len(own) * (len(own) - 1))
+            sampling[row, row] = max(0.0, shared)
+            of_images.append(np.trace(block) / len(own) - shared)
+    of_seeds = spread / dof / counts
+    # A row of one has its images' noise in `sampling` alone: b is what seeds add to that.
+    of_seeds[counts == 1] = max(0.0, spread / dof - float(np.mean(of_images)))
+    return Joint(means, sampling, of_seeds, dof)

@@ -135,10 +135,11 @@ def _verdict(ranking: Mapping[str, Any]) -> str:
     if not scored:
         return "<p>There is no winner: the final stage could score none of the trials. The table says why.</p>"
     best = scored[0]
+    among = " of those trained again from new seeds" if best["confirmed"] else ""
     text = (
         f"<p><strong>{escape(best['trial'])}, {escape(label(best))}</strong> with learning rate "
         f"{number(best['learning_rate'], 3)} and dropout {number(best['dropout'], 2)} has the highest "
-        f"{escape(ranking['score_name'])}: <strong>{fixed(best['score']['mean'])}</strong> "
+        f"{escape(ranking['score_name'])}{among}: <strong>{fixed(best['score']['mean'])}</strong> "
         f"(95% confidence interval {interval(best['score']['ci'])}) from {ranking['images']:,} images. "
     )
     if len(scored) == 1:
@@ -184,9 +185,10 @@ def _asked(config: Mapping[str, Any], real_samples: np.ndarray | None, metric: s
     if real_samples is not None:
         _, height, width, channels = real_samples.shape
         data += [f"{width} × {height} pixels", "grey" if channels == 1 else "colour"]
-    rungs = map(str, sorted({max(1, round(rung * train["epochs"])) for rung in stopping["rungs"]}))
+    epochs = {max(1, round(rung * train["epochs"])) for rung in stopping["rungs"]}
+    rungs = [str(epoch) for epoch in sorted(epochs) if epoch < train["epochs"]]
     rule = {"asha": "successive halving", "median": "the median rule"}.get(stopping["scheduler"])
-    stopped = f"{rule} on the {METRICS[metric]} of {stopping['images']:,} images after epoch {joined(list(rungs))}"
+    stopped = f"{rule} on the {METRICS[metric]} of {stopping['images']:,} images after epoch {joined(rungs)}"
     budget = [count(config["trials"], "trial")]
     budget += [
         f"{number(v)} {n.replace('_', '-')}" for n, v in (config.get("budget") or {}).items() if v and "hours" in n
@@ -198,7 +200,7 @@ def _asked(config: Mapping[str, Any], real_samples: np.ndarray | None, metric: s
         f"{train['schedule']['steps']:,}, U-Net of {', '.join(map(str, train['model']['channels']))} channels",
         "Searched": "; ".join([*families, *rest]),
         "Budget": ", ".join(budget + known),
-        "Stopped early": stopped if rule and stopping["rungs"] else "never",
+        "Stopped early": stopped if rule and rungs else "never",
         "Final stage": f"the best {final['top']:,}, {final['images']:,} images each: {sampler_words(final['sampler'])}",
     }
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in asked.items()) + "</dl>"

@@ -121,7 +121,8 @@ def schedule_plots(
     shown, left_out = _shown(rows, named)
     for row in shown:
         own = {name: row[name] for name in ("family", "start", "end", "tau")}
-        own |= {"steps": (row.get("settings") or {}).get("schedule.steps", base["steps"])}
+        settings = row.get("settings") or {}
+        own |= {name: settings.get(f"schedule.{name}", base[name]) for name in ("steps", "space")}
         try:
             drawn[row["trial"]] = ScheduleConfig.model_validate(base | own)
         except ValidationError:

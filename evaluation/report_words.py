@@ -15,7 +15,8 @@ SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "dpm++": "DPM-Solver++"}
 
 def label(row: Mapping[str, Any]) -> str:
     # A screened schedule may break a law, and is named like any other: so its values are not checked.
-    return ScheduleConfig.model_construct(**{n: row[n] for n in ("family", "start", "end", "tau")}).label()
+    space = (row.get("settings") or {}).get("schedule.space", "alpha_bar")
+    return ScheduleConfig.model_construct(**{n: row[n] for n in ("family", "start", "end", "tau")}, space=space).label()
 
 
 def reason(text: str | None) -> str:

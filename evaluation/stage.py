@@ -72,7 +72,10 @@ class ShardWorker:
         self.extractor = self.extractor or extractor.to(self.device)
         path = shard.candidate.checkpoint
         if self.loaded is None or self.loaded[0] != path:
-            found = checkpoint.load(self.run.at(path))
+            try:
+                found = checkpoint.load(self.run.at(path))
+            except checkpoint.BrokenCheckpointError as error:
+                return str(error)
             self.loaded = path, found, found.denoiser(self.config.weights == "raw").to(self.device)
         _, found, denoiser = self.loaded
         betas = schedules.betas(**found.config.schedule.model_dump())
@@ -107,15 +110,20 @@ def draw(
     """Draws and scores what is missing of every candidate's images. progress is told (images done, images in all).
 
     A worker that is lost costs the shards in flight: Ray starts it again, up to three times, and what it leaves then is
-    done by the others. Returns trial → reason, of trials whose images are not finite. Raises ray's ActorDiedError where
-    no worker is left.
+    done by the others. Returns trial → reason, of trials whose images are not finite or whose checkpoint is damaged.
+    Raises ray's ActorDiedError where no worker is left.
     """
-    shards = [s for c in candidates for s in _shards(run, c, config, reference)]
+    reasons: dict[str, str] = {}
+    shards: list[Shard] = []
+    for candidate in candidates:
+        try:
+            shards += _shards(run, candidate, config, reference)
+        except (FileNotFoundError, ValueError, KeyError) as error:
+            reasons[candidate.trial] = f"its checkpoint cannot be read: {error}"
     waiting = [shard for shard in reversed(shards) if not _is_done(run, shard, config)]
     total = sum(shard.count for shard in shards)
     done = total - sum(shard.count for shard in waiting)
     progress(done, total)
-    reasons: dict[str, str] = {}
     if not waiting:
         return reasons
     extractor = ray.put(reference.extractor.to("cpu"))
@@ -142,6 +150,7 @@ def draw(
             idle.append(actor)
             if reason:
                 reasons[shard.candidate.trial] = reason
+                done += sum(other.count for other in waiting if other.candidate == shard.candidate)
                 waiting = [other for other in waiting if other.candidate != shard.candidate]
             done += shard.count
             progress(done, total)

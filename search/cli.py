@@ -24,7 +24,7 @@ app.add_typer(schedule_app, name="schedule")
 app.add_typer(cluster_verbs.app, name="cluster")
 
 # A piped table is for a file or a pager: wide, not cut to the 80 columns that rich assumes.
-console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped name such as digits.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, a.b=value; a.b+=value appends to a list.")]
@@ -62,7 +62,7 @@ def run(
     if dry_run:
         from search.plan import show
 
-        told = Console(stderr=True, highlight=False) if as_json else console
+        told = Console(stderr=True, highlight=False, markup=False) if as_json else console
         plan = pipeline.dry_run(settings, place, prepare.preflight(settings, told), address, told)
         print(json.dumps(plan, indent=2)) if as_json else show(plan, console)
         return

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 import yaml
 from rich.console import Console
+from rich.text import Text
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from search.config import SearchConfig
 
 app = typer.Typer(no_args_is_help=True, help="The cluster that trials run on.")
-console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
 
 Address = Annotated[str, typer.Option(help="local starts a Ray here; auto or HOST:PORT joins one that runs.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -78,10 +79,8 @@ def doctor_(
 
 
 def _show(finding: "Finding") -> None:
-    style = STYLES[finding.verdict]
-    console.print(
-        f"[{style}]{finding.verdict}[/{style}]  {finding.check:<17} {finding.node:<24} {finding.found}", soft_wrap=True
-    )
+    verdict = Text(finding.verdict, style=STYLES[finding.verdict])
+    console.print(verdict, f" {finding.check:<17} {finding.node:<24} {finding.found}", soft_wrap=True)
     if finding.remedy:
         console.print(f"      → {finding.remedy}", soft_wrap=True)
 

@@ -243,6 +243,8 @@ class SearchConfig(Config):
                 self.training({**own, name: value})
             except ValidationError as error:
                 raise ValueError(f"{where}: {explain(error.errors()[0])}") from None
+            except (KeyError, TypeError):
+                raise ValueError(f"{where} is no setting of a training that takes {value!r}") from None
         return self
 
     def training(self, settings: Mapping[str, Any]) -> TrainConfig:

@@ -24,6 +24,7 @@ FOLDER = "confirm"
 def train_again(
     config: SearchConfig,
     run: Storage,
+    found: Records,
     chosen: Sequence[Row],
     scorer: RungScorer,
     placement: Placement,
@@ -37,14 +38,15 @@ def train_again(
     Raises KeyboardInterrupt where the user interrupted it.
     """
     records, parents, settings = plan(config, run, chosen)
-    rest = budget.left(config.budget, run, Records.load(run))
+    rest = budget.left(config.budget, run, found)
     left = tuner.trials_left(settings, records)
     if left and rest is None:
         console.print("Nothing is confirmed: the budget is spent.")
     elif left and rest is not None:
         allowed = budget.Budget(rest, run.at(FOLDER), records)
         console.print(f"Confirming {', '.join(row.trial for row in chosen)}: {left} trainings from new seeds\n")
-        tuner.search(settings, run.at(FOLDER), records, scorer, placement, allowed, interrupt, console)
+        ended = tuner.search(settings, run.at(FOLDER), records, scorer, placement, allowed, interrupt, console)
+        console.print(f"Confirming ended: {ended}.")
     done = {row.trial: row for row in all_rows(run, ()) if row.trial in parents}
     candidates = [Candidate(row.trial, row.checkpoint or "", parents[row.trial]) for row in done.values()]
     unfinished = [row for row in done.values() if row.state != "completed" or not row.checkpoint]

@@ -14,7 +14,7 @@ from evaluation import events, export, pictures, report, stage
 from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
 from evaluation.sampling import sample_images
-from search import confirm, watch
+from search import budget, confirm, watch
 from search.config import SearchConfig, UserError
 from search.prepare import judge_of, preflight
 from search.records import CONFIG, Records, open_run, read_ranking
@@ -34,7 +34,7 @@ def finish(
     if ranked:
         console.print(watch.ranking_table(ranked), watch.ranking_notes(ranked), "", sep="\n")
     write_report(config, run, records, judge, splits, ranked)
-    console.print(f"Report:   {run.uri}/{REPORT}")
+    console.print(f"Report:   {run.at(REPORT).uri}")
     winner = _winner(ranked) if ranked else None
     if winner is not None and ranked is not None:
         export_trial(config, run, records, ranked, winner, Path(run.root) / "export" if run.is_local else None, console)
@@ -79,9 +79,9 @@ def export_trial(
             for file in (*folder.rglob("*"), picture):
                 if file.is_file():
                     run.write(str(file.relative_to(scratch)), file.read_bytes())
-    where = out or f"{run.uri}/export"
-    console.print(f"Winner:   {where}  (diffusers.DDPMPipeline.from_pretrained loads it)")
-    console.print(f"Samples:  {where.parent if isinstance(where, Path) else run.uri}/samples.png")
+    where = out or run.at("export").uri
+    console.print(f"Export:   {where}  (trial {trial}; diffusers.DDPMPipeline.from_pretrained loads it)")
+    console.print(f"Samples:  {out.parent / 'samples.png' if out else run.at('samples.png').uri}")
 
 
 def write_report(
@@ -122,7 +122,7 @@ def write_report(
         events=logged,
         commands=commands,
         versions=versions(),
-        ended=run.read_json("search.json")["ended"] if run.exists("search.json") else None,
+        ended=budget.read(run).get("ended"),
     )
     run.write(REPORT, page.encode())
 
@@ -145,7 +145,7 @@ def report_again(path: str, console: Console) -> None:
     ranked = read_ranking(run)
     judge = judge_of(config, splits, console) if ranked else None
     write_report(config, run, records, judge, splits, ranked)
-    console.print(f"Report:   {run.uri}/{REPORT}")
+    console.print(f"Report:   {run.at(REPORT).uri}")
 
 
 def export_again(

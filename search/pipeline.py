@@ -96,11 +96,10 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
     with connect.connected(address) as ray, Interrupt().handled() as interrupt:
         if ray.dashboard:
             console.print(f"Ray dashboard:  http://{ray.dashboard}")
-        console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.uri + '/tensorboard')}")
+        console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.at('tensorboard').uri)}")
         if not ray.local:
             _check_shared(run)
-        cluster = capacity.read()
-        judge, scorer, placement = _prepare(config, splits, cluster, console)
+        judge, scorer, placement = _prepare(config, splits, capacity.read(), console)
         left = tuner.trials_left(config, records)
         if left:
             at_once = placement.at_once
@@ -115,10 +114,15 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         if judge is None:
             console.print("No final stage: the data has no labels, and final.inception_weights is not given.")
         else:
-            evaluate(config, run, records, judge, scorer, cluster, console, interrupt)
+            evaluate(config, run, records, judge, scorer, console, interrupt)
     finish(config, run, records, judge, splits, console)
-    if judge is not None and not run.exists(RANKING):
-        raise SystemExit(f"ddpm-search: no trial came to a checkpoint: nothing to rank; see {run.uri}/{REPORT}")
+    if judge is not None:
+        _check_ranked(run)
+
+
+def _check_ranked(run: Storage) -> None:
+    if not run.exists(RANKING):
+        raise SystemExit(f"ddpm-search: no trial came to a checkpoint: nothing to rank; see {run.at(REPORT).uri}")
 
 
 def _check_shared(run: Storage) -> None:
@@ -139,7 +143,6 @@ def evaluate(
     records: Records,
     judge: Reference,
     scorer: RungScorer,
-    cluster: capacity.Capacity,
     console: Console,
     interrupt: Interrupt,
 ) -> None:
@@ -151,6 +154,7 @@ def evaluate(
     def ranking() -> dict[str, Any]:
         drawn = [candidate for candidate in candidates if candidate.trial not in notes]
         what = f"Drawing {config.final.images:,} images of each of {len(drawn)} trials"
+        cluster = capacity.read()  # nodes may have come and gone since the search began
         with watch.progress_bar(console, what) as progress:
             slots = sum(cluster.slots())
             notes.update(stage.draw(run, drawn, config.final, judge, slots, cluster.use_gpu, progress))
@@ -159,9 +163,9 @@ def evaluate(
     result = ranking()
     best = [row["trial"] for row in result["trials"] if row["rank"]][: config.final.confirm.top]
     if best:
-        placement = cluster.place(config.train.workers, config.trials_per_gpu)
+        placement = capacity.read().place(config.train.workers, config.trials_per_gpu)
         chosen = [records[trial] for trial in best]
-        repeats, failed = confirm.train_again(config, run, chosen, scorer, placement, console, interrupt)
+        repeats, failed = confirm.train_again(config, run, records, chosen, scorer, placement, console, interrupt)
         candidates += repeats
         notes.update(failed)
         result = ranking()
@@ -180,13 +184,21 @@ def _config_yaml(config: SearchConfig) -> str:
 
 def evaluate_again(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
     """The final stage, ranking, report and export of a run whose search is over or interrupted."""
-    with lease.held(run), connect.connected(address), Interrupt().handled() as interrupt:
-        records, cluster = Records.load(run), capacity.read()
-        judge, scorer, _ = _prepare(config, splits, cluster, console)
+    with (
+        disk.full_disk_said(run),
+        lease.held(run),
+        connect.connected(address) as ray,
+        Interrupt().handled() as interrupt,
+    ):
+        if not ray.local:
+            _check_shared(run)
+        records = Records.load(run)
+        judge, scorer, _ = _prepare(config, splits, capacity.read(), console)
         if judge is None:
             raise UserError("nothing can judge these images: the data has no labels, so give final.inception_weights")
-        evaluate(config, run, records, judge, scorer, cluster, console, interrupt)
+        evaluate(config, run, records, judge, scorer, console, interrupt)
     finish(config, run, records, judge, splits, console)
+    _check_ranked(run)
 
 
 def _candidates(config: SearchConfig, records: Records, metric: str) -> list[stage.Candidate]:

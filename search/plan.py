@@ -133,11 +133,14 @@ def forecast(config: SearchConfig, measured: Measured, images: int, at_once: int
         cut = min([1.0, *allowed])
         return {"search": search * cut, "workers": work * cut}
 
-    drawn = config.final.top * config.final.images
+    confirm = config.final.confirm
+    again = min(confirm.top, config.final.top, config.trials) * confirm.seeds
+    drawn = (config.final.top + again) * config.final.images
     return {
         "trial_hours": sum(parts) / 3600,
         "expected": hours(passed),
         "at_most": hours(1.0),
+        "confirm_hours": again * sum(parts) / at_once / 3600,
         "final_stage_hours": drawn * measured.image_seconds / slots / 3600,
         "disk_bytes": disk_bytes(config, measured.checkpoint_bytes, at_once) + drawn * measured.image_bytes,
     }
@@ -188,7 +191,8 @@ def show(plan: dict[str, Any], console: Console) -> None:
         f"One trial        {cost['trial_hours']:.3g} hours in full\n"
         f"Search           about {cost['expected']['search']:.3g} hours ({cost['expected']['workers']:.3g} of workers)"
         f", or {cost['at_most']['search']:.3g} ({cost['at_most']['workers']:.3g}) if no trial is stopped\n"
-        f"Final stage      about {cost['final_stage_hours']:.3g} hours\n"
+        + (f"Confirming       about {cost['confirm_hours']:.3g} hours\n" if cost["confirm_hours"] else "")
+        + f"Final stage      about {cost['final_stage_hours']:.3g} hours\n"
         f"Disk             up to {size(cost['disk_bytes'])}"
         + (f", {size(plan['free_bytes'])} free" if plan["free_bytes"] is not None else "")
     )

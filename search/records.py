@@ -138,7 +138,9 @@ class Records:
             self._write()
         elif not self._later:
             self._later = True
-            threading.Timer(pause, self._write).start()
+            timer = threading.Timer(pause, self.flush)
+            timer.daemon = True
+            timer.start()
         return row
 
     def report(self, trial: str, metrics: dict[str, Any], run_checkpoint: str | None) -> Row:
@@ -158,6 +160,11 @@ class Records:
             worker_seconds=max(row.worker_seconds, metrics["worker_seconds"]),
             checkpoint=run_checkpoint if run_checkpoint and metrics["epoch"] >= row.epoch else row.checkpoint,
         )
+
+    def flush(self) -> None:
+        """Writes what was put off; called before another driver may have the run."""
+        if self._later:
+            self._write()
 
     def _write(self) -> None:
         with self._writing:

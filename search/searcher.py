@@ -214,7 +214,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
         if row.state == "completed" and row.rungs and row.rungs[-1]["epoch"] in self._values(row):
             return TrialState.COMPLETE
         # One that was completed and drew no finite images has no value to tell.
-        return TrialState.FAIL if row.state in ("failed", "completed", "screened") else TrialState.PRUNED
+        return TrialState.PRUNED if row.state == "stopped" and self._values(row) else TrialState.FAIL
 
 
 def screen(config: SearchConfig, row: Row) -> str | None:

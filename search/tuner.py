@@ -66,6 +66,7 @@ def search(
         with view.shown():
             ended = _tune(config, run, records, scorer, placement, view.changed, budget, interrupt)
     finally:
+        records.flush()
         budget.note(ended)
     console.print(view.summary())
     return ended
@@ -130,7 +131,7 @@ def _tune(
     if not trials_left(config, records):
         return f"all {config.trials} trials are done"
     if searcher.ended is None:
-        raise RuntimeError(f"Ray Tune ended before the search; go on with: ddpm-search resume {run.uri}")
+        raise RuntimeError(f"Ray Tune ended before the search in {run.uri}; ddpm-search resume goes on with it")
     return searcher.ended
 
 

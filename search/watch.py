@@ -27,9 +27,10 @@ METRIC_TITLES = {"frechet": "Fréchet", "score": "score", "grid_loss": "grid los
 
 def schedule_label(row: Row | dict[str, Any]) -> str:
     """cosine(0, 1, tau 1): the schedule of a row of the trials table or of ranking.json."""
-    get = row.__getitem__ if isinstance(row, dict) else row.__getattribute__
+    of = row if isinstance(row, dict) else vars(row)
     schedule = ScheduleConfig.model_construct(
-        family=get("family"), start=get("start"), end=get("end"), tau=get("tau"), space="alpha_bar"
+        **{name: of[name] for name in ("family", "start", "end", "tau")},
+        space=(of.get("settings") or {}).get("schedule.space", "alpha_bar"),
     )
     return schedule.label()
 

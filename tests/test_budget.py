@@ -94,7 +94,7 @@ def test_a_spent_search_begins_nothing_and_stops_what_was_left_unfinished(record
     assert all("not resumed: " in str(row.reason) for row in records)
     told = again._ot_study.get_trials()
     assert [(one.state, one.intermediate_values) for one in told] == [
-        (TrialState.PRUNED, {5: 7.0}), (TrialState.PRUNED, {})
+        (TrialState.PRUNED, {5: 7.0}), (TrialState.FAIL, {})
     ]  # fmt: skip
     assert tuner.trials_left(config, records) == config.trials - 2
 

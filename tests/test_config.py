@@ -142,3 +142,12 @@ def test_rungs_are_epochs_strictly_below_the_last():
     assert rungs(90) == [10, 30]
     assert rungs(3) == [1]  # 1/9 and 1/3 meet there
     assert rungs(1) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["space.train.lr_decay=[{low: 0.5}]", "space.train={model.foo.bar: [1]}", "space.train={model.channels.x: [1]}"],
+)
+def test_a_setting_that_no_training_has_is_refused_by_its_name(wrong):
+    with pytest.raises(UserError, match=r"space\.train\..* is no setting of a training that takes"):
+        load("digits", [wrong])

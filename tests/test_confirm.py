@@ -42,7 +42,7 @@ def test_what_is_trained_already_is_not_trained_again_and_a_failure_is_told(reco
     again.update("a-seed3", state="failed", reason="the loss is nan at step 3")
     scorer: Any = None
     candidates, failed = confirm.train_again(
-        CONFIG, records.run, chosen, scorer, Placement(1, {"CPU": 1}), Console(), Interrupt()
+        CONFIG, records.run, records, chosen, scorer, Placement(1, {"CPU": 1}), Console(), Interrupt()
     )
     assert [(c.trial, c.repeats) for c in candidates] == [(name, "a") for name in parents]
     assert candidates[0].checkpoint == "confirm/train/a-seed1/checkpoint_000000001"

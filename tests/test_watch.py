@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from search import watch
+from search import cli, watch
 from search.records import Records
 from trainer.storage import Storage
 
@@ -203,3 +203,13 @@ def test_a_progress_bar_shows_in_a_terminal_before_anything_is_known():
 def test_reasons_of_trials_that_are_not_ranked_are_told_whatever_the_width(row):
     told = [text.plain for text in watch.reasons([row("t0001-linear", state="screened", reason="prior KL is 0.6")])]
     assert told == ["t0001-linear screened: prior KL is 0.6"]
+
+
+def test_a_reason_that_looks_like_markup_is_shown_as_it_is(tmp_path, row):
+    reason = "[/__w/gloo/pair.cc:547] Connection closed by peer [old]"
+    console = Console(file=io.StringIO(), width=160, highlight=False, markup=cli.console._markup)
+    records = table_of(tmp_path, [row("t0000-linear")])
+    view = watch.SearchView(console, records, "frechet", 100, trials=1)
+    records.update("t0000-linear", state="failed", reason=reason)
+    view.changed()
+    assert reason in console.file.getvalue()  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """TensorBoard events of one training: scalars, sample grids, hyperparameters."""
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,17 @@ class EventLog:
         if samples is not None:
             self.writer.add_image("samples", samples, metrics["epoch"], dataformats="HWC")
         self.writer.flush()
-        if metrics["rung"] and not self.folder.is_local:
+        if metrics["rung"]:
+            self._copy()
+
+    def close(self) -> None:
+        """Ends its thread; what was logged since the last rung is copied too."""
+        self.writer.close()
+        self._copy()
+        if not self.folder.is_local:
+            shutil.rmtree(self.local, ignore_errors=True)
+
+    def _copy(self) -> None:
+        if not self.folder.is_local:
             for file in self.local.iterdir():
                 self.folder.write(file.name, file.read_bytes())

@@ -1,5 +1,6 @@
 """One training in this process: the loop with its checkpoints, events and resume, and no Ray."""
 
+import contextlib
 from collections.abc import Callable, Collection
 
 import torch
@@ -45,7 +46,7 @@ def fit(
         if metrics["rung"]:
             uploader.finish()
 
-    with Uploader(checkpoints) as uploader:
+    with contextlib.closing(event_log), Uploader(checkpoints) as uploader:
         loop.train(
             config,
             images,

@@ -1,5 +1,6 @@
 """Ray Train around the training loop: one worker group a training, checkpoints in the run's storage."""
 
+import contextlib
 import os
 import traceback
 from collections.abc import Collection
@@ -124,7 +125,7 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
     try:
         if found and found[1].meta["metrics"]["rung"]:
             tell(found[1].meta["metrics"], found[0] if worker.rank == 0 else None)  # it may not have been heard of
-        with uploader:
+        with contextlib.closing(event_log) if event_log else contextlib.nullcontext(), uploader:
             loop.train(
                 config,
                 data.load(config.data).train,

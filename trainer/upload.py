@@ -51,10 +51,11 @@ class Uploader:
         self._thread.start()
 
     def _delete_older_than(self, newest: str) -> None:
-        """Two stay, and the last rung's, which the trials table names. Broken ones of later steps do not count."""
+        """Two stay, and the last rung's, which the trials table names. Those that were cut short count as none."""
         names = [name for name in checkpoint.names(self.checkpoints) if name <= newest]
-        rungs = [name for name in names if self._is_rung(name)]
-        for name in set(names[:-KEPT_CHECKPOINTS]) - set(rungs[-1:]):
+        whole = [name for name in names if self.checkpoints.exists(f"{name}/checkpoint.json")]
+        rungs = [name for name in whole if self._is_rung(name)]
+        for name in set(names) - set(whole[-KEPT_CHECKPOINTS:]) - set(rungs[-1:]):
             self.checkpoints.delete(name)
 
     def _is_rung(self, name: str) -> bool:
