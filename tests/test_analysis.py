@@ -99,7 +99,7 @@ def test_the_parameter_that_moves_the_result_is_found_and_no_other():
     assert used == 40
     assert found[0].parameter == "learning_rate"
     assert [each.share > each.by_chance for each in found] == [True, False, False]
-    assert sum(each.share for each in found) == pytest.approx(1)
+    assert 0.9 < sum(each.share for each in found) <= 1 + 1e-6  # the rest is of parameters together
 
     own = [r for r in rows if r["family"] == "cosine"]
     used, found = analysis.importances(rows, {r["trial"]: r["tau"] for r in rows}, SPACE, "cosine")

@@ -88,7 +88,7 @@ def test_a_submitted_search_runs_on_one_cpu_to_its_end_and_is_seen_in_the_dashbo
         followed = cluster.run("cluster", "logs", job, *asked)
         assert followed.returncode == 0, followed.stdout + followed.stderr
         assert "Searching: 2 trials of 15 epochs, 1 at once" in followed.stdout
-        assert "Winner:" in followed.stdout
+        assert "Export:" in followed.stdout
         state = json.loads(cluster.run("cluster", "status", job, *asked, "--json").stdout)
         assert state["status"] == "SUCCEEDED"
         run = Storage(runs / "job")
