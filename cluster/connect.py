@@ -44,11 +44,9 @@ def runtime_env() -> dict[str, Any]:
     """What nodes are sent: these packages and their version, some 100 kB; and the environment of Ray Train."""
     root = Path(__file__).parents[1]
     sent = [root / package for package in PACKAGES]
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # checkpoints note the version
-        version = importlib.metadata.version("ddpm-search")
-        sent.append(
-            Path(str(importlib.metadata.distribution("ddpm-search").locate_file(f"ddpm_search-{version}.dist-info")))
-        )
+    # Checkpoints note the version. In a clone, the folder's own egg-info is found before what is installed.
+    for own in importlib.metadata.distributions(name="ddpm-search"):
+        sent.append(Path(str(own.locate_file(f"ddpm_search-{own.version}.dist-info"))))
     return {
         "py_modules": [str(folder) for folder in sent if folder.is_dir()],
         "excludes": ["__pycache__"],

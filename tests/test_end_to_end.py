@@ -160,6 +160,7 @@ def test_a_killed_search_is_resumed_without_losing_a_trial_or_an_epoch(environme
     assert pq.read_table(io.BytesIO(place.read("trials.parquet"))).num_rows == len(after)
 
 
+@pytest.mark.faults
 def test_the_best_are_confirmed_from_new_seeds_and_a_cut_confirmation_goes_on(environment, tmp_path):
     place = Storage(tmp_path / "sure")
     setup = settings(

@@ -142,6 +142,7 @@ def scenario(_: int, folder: str, temporary: str, sign: int) -> None:
         assert final_loss(run) == pytest.approx(uninterrupted(tmp_path)[CONFIG.epochs], rel=1e-4)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
 def test_a_worker_that_dies_or_hangs_is_replaced_and_the_curve_goes_on(tmp_path, tmp_path_factory, sign):
     """A hung one answers no health check; then all end and start again from the last checkpoint."""

@@ -71,6 +71,7 @@ def wait_for_metrics(address: str, *wanted: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.timeout(300)
 def test_a_submitted_search_runs_on_one_cpu_to_its_end_and_is_seen_in_the_dashboard(tmp_path, tmp_path_factory):
     runs = tmp_path / "runs"
