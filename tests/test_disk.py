@@ -81,6 +81,7 @@ def test_of_an_ended_trial_only_what_ranking_and_export_take_is_kept(tmp_path, r
     assert run.exists("train/t1/checkpoint_000000010/state.pt")
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_training_with_that_reason_and_leaves_its_checkpoints_whole(disk):
     folder = disk(8 * 2**20)
     assert train(folder, 1, []) == [1]

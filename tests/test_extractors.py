@@ -109,6 +109,7 @@ def test_extraction_draws_no_random_numbers_and_changes_no_weight(untrained):
     assert same_weights(untrained, weights)
 
 
+@pytest.mark.slow
 def test_classifier_fits_colour_images_of_32_pixels():
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (24, 32, 32, 3), dtype=np.uint8), np.arange(24) % 3
@@ -180,6 +181,7 @@ def test_cached_classifier_is_made_once_a_key(untrained, tmp_path):
     assert len(made) == 2
 
 
+@pytest.mark.slow
 def test_two_that_start_at_once_return_the_same_classifier(tmp_path):
     candidates = [quick(seed=0), quick(seed=1)]
     both_are_making = threading.Barrier(2)
@@ -258,6 +260,7 @@ def random_inception(tmp_path_factory) -> tuple[Path, str]:
     return path, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_inception_takes_grey_images_and_repeats_the_channel(random_inception):
     path, digest = random_inception
     images = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 1), dtype=np.uint8)

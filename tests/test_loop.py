@@ -137,6 +137,7 @@ def test_scoring_at_rungs_changes_nothing_that_is_learned():
     assert [scored["metrics"][epoch].get("frechet") for epoch in (1, 2, 3)] == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_the_gradient_of_parts_is_the_gradient_of_the_batch():
     whole = record(TINY)
     for size in (1, 3, 7):
@@ -192,6 +193,7 @@ def test_ema_follows_its_recursion_with_warm_up():
     assert ema.model.weight.item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_several_averages_are_each_what_a_training_of_their_own_gives_and_the_best_is_kept(tmp_path):
     decays = (0.2, 0.3, 0.99)  # the warm-up reaches 0.53 in ten steps
     alone = {decay: record(TINY.model_copy(update={"ema_decays": (decay,)}))["states"][10]["ema"] for decay in decays}

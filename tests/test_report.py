@@ -175,6 +175,7 @@ def test_what_is_missing_is_said_in_a_sentence(rows: list[dict[str, Any]], ranke
     assert ("No trial has begun yet" in text) == (not rows or rows[0]["state"] == "screened")
 
 
+@pytest.mark.slow
 def test_a_ranked_trial_alone_and_a_data_set_without_labels_have_a_report():
     rows = [row("t1", rungs=[{"epoch": 10, "frechet": None, "score": None, "grid_loss": 0.1}])]
     text = Page(render(rows, ranking(entry(1, "t1"), held_out_accuracy=None))).text
@@ -201,6 +202,7 @@ def test_no_text_can_become_markup():
     assert Page(html).text.count("alert(1)") > 10
 
 
+@pytest.mark.slow
 def test_cost_says_what_was_spent_saved_and_idle():
     text = Page(full()).text
     # 1800 + 1800 + 200 + 800 seconds over 230 epochs, and t2 left 80: 1600 s more
@@ -233,6 +235,7 @@ def test_every_schedule_that_can_be_drawn_has_a_strip_of_noised_images():
     assert "cosine(0.5, 0.5" not in text.split("One image, noised")[1].split("How the trials learned")[0]
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_says_so_and_a_finished_one_does_not():
     assert "not at its end: 4 of 6 trials ended" in Page(full()).text
     assert "resume" in Page(full()).text

@@ -190,6 +190,7 @@ def test_fewer_images_than_a_split_are_one_split_that_says_its_size(run, judge):
     assert ranked["trials"][0]["score"]["std"] is None
 
 
+@pytest.mark.slow
 def test_a_confirmed_row_is_the_mean_of_its_new_seeds_and_lists_every_seed(run, judge):
     candidates = [train(run, "a", 0), train(run, "b", 50)]
     candidates += [train(run, f"b-seed{i}", 50 + i, repeats="b") for i in (1, 2, 3)]
