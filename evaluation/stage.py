@@ -27,6 +27,7 @@ from trainer.storage import Storage
 
 BLOCKS_PER_SHARD = 5
 KEPT_IMAGES = 64  # of each trial, for the report
+MOST_LOST = 3  # workers that Ray could not bring back
 NEIGHBOURS = 3  # of precision and recall, as Kynkäänniemi 2019
 
 
@@ -109,9 +110,10 @@ def draw(
 ) -> dict[str, str]:
     """Draws and scores what is missing of every candidate's images. progress is told (images done, images in all).
 
-    A worker that is lost costs the shards in flight: Ray starts it again, up to three times, and what it leaves then is
-    done by the others. Returns trial → reason, of trials whose images are not finite or whose checkpoint is damaged.
-    Raises ray's ActorDiedError where no worker is left.
+    A worker that is lost costs the shards in flight: Ray starts it again, up to three times, then this does, three in
+    all. One that has nothing to do gives its place back, for one that is started again may have lost its own.
+    Returns trial → reason, of trials whose images are not finite or whose checkpoint is damaged. Raises ray's
+    ActorDiedError where workers die again and again.
     """
     reasons: dict[str, str] = {}
     shards: list[Shard] = []
@@ -127,25 +129,32 @@ def draw(
     if not waiting:
         return reasons
     extractor = ray.put(reference.extractor.to("cpu"))
-    actors = [
-        ShardActor.options(num_cpus=1, num_gpus=int(use_gpu)).remote(run, config, "cuda" if use_gpu else "cpu")
-        for _ in range(min(workers, len(waiting)))
-    ]
-    idle = list(actors)
+
+    def worker() -> Any:
+        options = ShardActor.options(num_cpus=1, num_gpus=int(use_gpu))
+        actors.append(options.remote(run, config, "cuda" if use_gpu else "cpu"))
+        return actors[-1]
+
+    actors: list[Any] = []
+    idle, lost = [worker() for _ in range(min(workers, len(waiting)))], 0
     running: dict[Any, tuple[Any, Shard]] = {}
     try:
         while waiting or running:
             while idle and waiting:
                 actor, shard = idle.pop(), waiting.pop()
                 running[actor.work.remote(shard, extractor)] = actor, shard
+            while idle:
+                ray.kill(idle.pop())
             ready, _ = ray.wait(list(running), num_returns=1)
             actor, shard = running.pop(ready[0])
             try:
                 reason = ray.get(ready[0])
             except ray.exceptions.RayActorError:
-                waiting.append(shard)
-                if not running and not idle:
+                lost += 1
+                if lost > MOST_LOST:
                     raise
+                waiting.append(shard)
+                idle.append(worker())
                 continue
             idle.append(actor)
             if reason:

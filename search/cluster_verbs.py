@@ -136,11 +136,13 @@ def submit_(
 
     if (config is None) == (resume is None):
         raise UserError("cluster submit takes either CONFIG, or --resume PATH")
+    if resume is not None and (set_ or name or storage):
+        raise UserError("--resume goes on with a run as it is: leave --set, --name and --storage out")
     place = resume or storage
     if "://" not in place and not Path(place).is_absolute():
         raise UserError(
-            f"a job runs on the cluster: --storage must be an absolute folder there that all nodes share, or an "
-            f"address such as s3://bucket/folder, but is {place!r}"
+            f"a job runs on the cluster: {'--resume' if resume else '--storage'} must be an absolute folder there that "
+            f"all nodes share, or an address such as s3://bucket/folder, but is {place!r}"
         )
 
     from cluster import submit

@@ -37,7 +37,7 @@ def finish(
     console.print(f"Report:   {run.at(REPORT).uri}")
     winner = _winner(ranked) if ranked else None
     if winner is not None and ranked is not None:
-        export_trial(config, run, records, ranked, winner, Path(run.root) / "export" if run.is_local else None, console)
+        export_trial(config, run, records, ranked, winner, None, console)
 
 
 def export_trial(
@@ -51,7 +51,7 @@ def export_trial(
     weights: str | None = None,
     torch_export: bool = False,
 ) -> None:
-    """Exports a trial to `out` (a local folder; None: RUN/export of a run that is not local) and draws its samples.
+    """Exports a trial to `out` (a local folder; None: RUN/export) and draws samples.png: into `out`, or into RUN.
 
     weights: ema or raw; None takes those that were ranked.
     """
@@ -69,19 +69,19 @@ def export_trial(
     provenance = {"run": config.name, "trial": trial, "checkpoint": row.checkpoint, "checkpoint_meta": found.meta}
     provenance["weights"] = "raw" if raw else "ema"
     with tempfile.TemporaryDirectory() as scratch:
-        folder = out or Path(scratch) / "export"
+        home = Path(run.root) if run.is_local else Path(scratch)
+        folder, picture = (out, out / "samples.png") if out else (home / "export", home / "samples.png")
         export.export_pipeline(found, folder, card, provenance, raw, torch_export)
         denoiser, betas, shape = export.load_export(folder)
         images = sample_images(denoiser, betas, shape, config.final.sampler, 0, SAMPLES, "cpu")
-        picture = folder.parent / "samples.png"
         pictures.save_grid_png(picture, images)
-        if out is None:
+        if out is None and not run.is_local:
             for file in (*folder.rglob("*"), picture):
                 if file.is_file():
                     run.write(str(file.relative_to(scratch)), file.read_bytes())
-    where = out or run.at("export").uri
+    where = str(out) if out else run.at("export").uri
     console.print(f"Export:   {where}  (trial {trial}; diffusers.DDPMPipeline.from_pretrained loads it)")
-    console.print(f"Samples:  {out.parent / 'samples.png' if out else run.at('samples.png').uri}")
+    console.print(f"Samples:  {out / 'samples.png' if out else run.at('samples.png').uri}")
 
 
 def write_report(

@@ -31,9 +31,9 @@ def in_ray_train(
     def trial(config: dict[str, Any]) -> None:
         from trainer import checkpoint, ray_worker
 
-        found = checkpoint.latest(run.at("train", config["trial"]))
-        if found is not None and found[1].meta["metrics"]["rung"]:
-            # Written, and perhaps not reported before a crash: training goes on from here, and never comes here again.
+        found = checkpoint.latest(run.at("train", config["trial"]), of_a_rung=True)
+        if found is not None:
+            # Written, and perhaps not noted before a crash: training goes on behind it, and never comes here again.
             tune.report({**found[1].meta["metrics"], "checkpoint_path": found[0].root})
         del found
         training = TrainConfig.model_validate(config["train"])

@@ -93,3 +93,14 @@ def test_nothing_in_a_checkpoint_is_executed(folder, tmp_path):
     with pytest.raises(pickle.UnpicklingError):
         checkpoint.load(folder.at("checkpoint_000000005"))
     assert not (tmp_path / "harm").exists()
+
+
+def test_the_newest_of_a_rung_is_found_behind_a_newer_one(folder):
+    found = checkpoint.load(folder.at("checkpoint_000000005"))
+    assert checkpoint.latest(folder, of_a_rung=True) is None
+    del found.meta["sha256"]
+    for step, rung in ((5, True), (10, False)):
+        metrics = {"epoch": 1, "rung": rung}
+        checkpoint.save(folder.at(f"checkpoint_{step:09d}"), found.state, found.meta | {"metrics": metrics})
+    assert checkpoint.latest(folder, of_a_rung=True)[0].uri.endswith("checkpoint_000000005")
+    assert checkpoint.latest(folder)[0].uri.endswith("checkpoint_000000010")

@@ -293,3 +293,31 @@ def test_a_killed_actor_costs_the_shards_in_flight_and_a_diverged_model_only_its
         first, second = (np.load(io.BytesIO(content))[name] for content in (left, run.read(lost.path)))
         np.testing.assert_array_equal(first, second)
     assert all(written(run, path) == at for path, at in before.items() if path != lost.path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_worker_that_has_lost_its_place_gets_that_of_one_with_nothing_to_do(run, judge, local_ray):
+    """As when a node is lost: the killed worker is started again, and there is no room beside the other."""
+
+    class Other:
+        def here(self) -> bool:
+            return True
+
+    config = CONFIG.model_copy(update={"images": 600, "sampler": SamplerConfig(steps=20, block_size=10)})
+    candidate = train(run, "good", 1)
+    shards = stage._shards(run, candidate, config, judge)
+    reasons: list[dict[str, str]] = []
+    thread = threading.Thread(target=lambda: reasons.append(stage.draw(run, [candidate], config, judge, 2, False)))
+    thread.start()
+    until(lambda: any(run.exists(shard.path) for shard in shards), thread)
+    taken = ray.remote(num_cpus=1)(Other).remote()  # waits for a place, before the killed one does
+    try:
+        os.kill(actors()[0], signal.SIGKILL)
+        assert ray.get(taken.here.remote(), timeout=60)
+        thread.join(timeout=120)
+        assert not thread.is_alive(), "it waits for a place that idle workers hold"
+        assert reasons == [{}]
+        assert all(run.exists(shard.path) for shard in shards)
+    finally:
+        ray.kill(taken)

@@ -41,7 +41,8 @@ SET = [part for value in SMALL for part in ("--set", value)]
         (["digits"], "absolute folder"),
         ([], "either CONFIG, or --resume"),
         (["digits", "--resume", "/runs/a"], "either CONFIG, or --resume"),
-        (["--resume", "runs/a"], "absolute folder"),
+        (["--resume", "runs/a"], "--resume must be an absolute folder"),
+        (["--resume", "/runs/a", "--set", "trials=9"], "leave --set, --name and --storage out"),
     ],
 )
 def test_what_a_job_could_not_find_is_refused(arguments, said):

@@ -82,12 +82,15 @@ def names(storage: Storage) -> list[str]:
     return [name for name in storage.names() if re.fullmatch(r"checkpoint_\d+", name)]
 
 
-def latest(storage: Storage) -> tuple[Storage, Checkpoint] | None:
-    """The newest whole checkpoint among the folders checkpoint_* here; broken ones are named and passed over."""
+def latest(storage: Storage, of_a_rung: bool = False) -> tuple[Storage, Checkpoint] | None:
+    """The newest whole checkpoint (or the newest of a rung) here; broken ones are named and passed over."""
     for name in reversed(names(storage)):
         folder = storage.at(name)
         try:
-            return folder, load(folder)
+            found = load(folder)
         except BrokenCheckpointError as error:
             print(f"{error}; trying the one before", flush=True)
+            continue
+        if not of_a_rung or found.meta.get("metrics", {}).get("rung"):
+            return folder, found
     return None
