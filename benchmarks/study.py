@@ -16,6 +16,8 @@ import numpy as np
 
 from benchmarks.common import RESULTS, provenance, write
 from evaluation import export, pictures
+from evaluation.events import Events, read
+from evaluation.plots import Curve, Panel
 from evaluation.sampling import sample_images
 from search import confirm, space
 from search.records import Row, open_run
@@ -108,14 +110,31 @@ def filled(document: str, name: str, text: str) -> str:
     return changed
 
 
+def panels(trainings: list[tuple[str, Events]]) -> list[Panel]:
+    """Learning rate and loss of each row's exported seed, by epoch."""
+
+    def curves(tag: str) -> list[Curve]:
+        found = [(name, *np.transpose(events.scalars[tag])) for name, events in trainings]
+        return [Curve(name, x, y, number) for number, (name, x, y) in enumerate(found)]
+
+    epoch = "epoch"
+    return [
+        Panel("Learning rate", epoch, "learning rate (log scale)", curves("train/learning_rate"), log_y=True),
+        Panel("Loss: not comparable across schedules", epoch, "MSE of epsilon (log scale)", curves("train/loss"),
+              log_y=True),
+    ]  # fmt: skip
+
+
 def draw(run: Storage) -> None:
-    """Schedules of the rows, and 32 images of each from the same noise."""
+    """Schedules of the rows, how they were trained, and 24 images of each from the same noise."""
     config, _, records = open_run(run.uri)
     rows = {row.trial: row for row in confirm.all_rows(run, records)}
     ranking = run.read_json("ranking.json")
     trials: list[tuple[str, Row]] = [(label(row), rows[row["best_seed"]]) for row in ranking["trials"] if row["rank"]]
     schedules = [space.train_config(config, vars(row)).schedule for name, row in trials if "no EMA" not in name]
     pictures.plot_schedules(schedules, IMAGES / f"{config.name}-schedules.png")
+    logs = [(name, read(Path(run.root) / confirm.FOLDER / "tensorboard" / row.trial)) for name, row in trials]
+    pictures.plot_panels(panels(logs), IMAGES / f"{config.name}-training.png")
     grids = []
     for name, row in trials:
         folder = Path(run.root) / "study" / row.trial

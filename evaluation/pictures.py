@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluation.plots import draw, look, schedule_panels, style
+from evaluation.plots import Panel, draw, look, schedule_panels, style
 from trainer import schedules
 from trainer.config import ScheduleConfig
 
@@ -77,11 +77,16 @@ def data_uri(picture: np.ndarray) -> str:
 def plot_schedules(configs: Sequence[ScheduleConfig], path: Path | IO[bytes]) -> None:
     """alpha_bar, log-SNR and beta of one or more schedules as a PNG. Raises ValueError for none."""
     _refuse_none(configs)
+    plot_panels(schedule_panels((config, number) for number, config in enumerate(configs)), path)
+
+
+def plot_panels(panels: Sequence[Panel], path: Path | IO[bytes]) -> None:
+    """Panels of the same curves side by side, as a PNG."""
     from matplotlib.figure import Figure
 
     with look():
-        figure = Figure(figsize=(WIDTH, _curves_height(configs)), layout="constrained")
-        _draw_schedules(figure, configs)
+        figure = Figure(figsize=(WIDTH, _curves_height(panels)), layout="constrained")
+        _draw_panels(figure, panels)
         figure.savefig(_ready(path), format="png", dpi=120)
 
 
@@ -98,11 +103,12 @@ def plot_compare(configs: Sequence[ScheduleConfig], image: np.ndarray, path: Pat
 
     image_width = (WIDTH - LABEL_WIDTH) / STRIP_IMAGES
     strips_height = 0.75 + len(configs) * (image_width * image.shape[0] / image.shape[1] + 0.04)
-    curves_height = _curves_height(configs)
+    panels = schedule_panels((config, number) for number, config in enumerate(configs))
+    curves_height = _curves_height(panels)
     with look():
         figure = Figure(figsize=(WIDTH, curves_height + strips_height), layout="constrained")
         above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(curves_height, strips_height))[:, 0]
-        _draw_schedules(above, configs)
+        _draw_panels(above, panels)
         below.suptitle("One image, the same noise: what each schedule leaves of it at t/T", fontsize=11)
         axes = below.subplots(
             len(configs),
@@ -152,16 +158,15 @@ def _refuse_none(configs: Sequence[ScheduleConfig]) -> None:
         raise ValueError("there must be at least one schedule to draw, but got none")
 
 
-def _draw_schedules(figure: "Figure | Any", configs: Sequence[ScheduleConfig]) -> None:
-    """Three panels side by side on a figure or a part of one, with one legend below."""
-    panels = schedule_panels((config, number) for number, config in enumerate(configs))
+def _draw_panels(figure: "Figure | Any", panels: Sequence[Panel]) -> None:
+    """Side by side on a figure or a part of one, with one legend below."""
     for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
         draw(axes, panel)
-    columns = min(LEGEND_COLUMNS, len(configs))
     lines, labels = axes.get_legend_handles_labels()
+    columns = min(LEGEND_COLUMNS, len(labels))
     figure.legend(lines, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5)
 
 
-def _curves_height(configs: Sequence[ScheduleConfig]) -> float:
-    """Inches that `_draw_schedules` needs."""
-    return 4.2 + 0.26 * math.ceil(len(configs) / LEGEND_COLUMNS)
+def _curves_height(panels: Sequence[Panel]) -> float:
+    """Inches that `_draw_panels` needs."""
+    return 4.2 + 0.26 * math.ceil(len(panels[0].curves) / LEGEND_COLUMNS)

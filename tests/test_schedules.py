@@ -143,6 +143,34 @@ def test_alpha_bar_reading_falls_below_a_hundredth_at_936_and_beta_reading_at_17
         assert np.argmax(alpha_bar < 0.01) == first
 
 
+def test_the_beta_reading_without_what_underflows_draws_the_same_images():
+    """Of Gaussian data, whose best denoiser is known: mean and variance behind each step that is left as it was."""
+    steps, mean, variance = 100, 0.3, 0.2
+    raw = np.clip(1 - schedules.cosine_gamma(np.linspace(0, 1, steps), 0, 1, 1), schedules.MIN_BETA, schedules.MAX_BETA)
+    ours = schedules.betas("cosine", 0, 1, 1.0, steps, "beta")
+    assert all(schedules.screen("cosine", 0, 1, 1.0, n, "beta") is None for n in (steps, 1000))
+    assert schedules.alpha_bar(raw)[-1] < 1e-50
+    same = ours == raw
+    assert np.all(ours[~same] == schedules.MIN_BETA)
+
+    def moments(betas: np.ndarray) -> np.ndarray:
+        """(T, 2): mean and variance of x_{i-1} by ancestral sampling with fixed-small variance, from N(0, 1)."""
+        left = schedules.alpha_bar(betas)
+        found, at = np.empty((steps, 2)), (0.0, 1.0)
+        for i in reversed(range(steps)):
+            before = left[i - 1] if i else 1.0
+            gain = np.sqrt(left[i]) * variance / (left[i] * variance + 1 - left[i])  # of E[x_0 | x_i] = rest + gain x_i
+            rest = mean * (1 - np.sqrt(left[i]) * gain)
+            of_image = np.sqrt(before) * betas[i] / (1 - left[i])
+            slope = of_image * gain + np.sqrt(1 - betas[i]) * (1 - before) / (1 - left[i])
+            added = betas[i] * (1 - before) / (1 - left[i])
+            at = (of_image * rest + slope * at[0], slope**2 * at[1] + added)
+            found[i] = at
+        return found
+
+    np.testing.assert_allclose(moments(ours)[same], moments(raw)[same], rtol=1e-6, atol=1e-10)  # sqrt of 1e-20
+
+
 @pytest.mark.parametrize("curve", PUBLISHED)
 def test_published_schedules_pass_the_screen(curve):
     betas = schedules.betas(*curve)

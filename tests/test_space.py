@@ -162,8 +162,7 @@ def test_a_dropped_rate_is_the_base_training_s():
 
 def test_a_known_point_s_settings_are_laid_over_its_own_schedule():
     """cosine read as beta, though the base training's linear schedule cannot be."""
-    beta = "known_points+={family: cosine, start: 0, end: 1, train: {schedule.space: beta}}"
-    config = load("study-digits", [beta])
+    config = load("study-digits")
     params = [space.known_params(config, point) for point in config.known_points]
     rows = [space.flat(p) | {"seed": 3} for p in params]
     assert [space.params_of(row) for row in rows] == params

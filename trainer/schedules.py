@@ -21,6 +21,7 @@ MAX_BETA = 0.999  # Nichol & Dhariwal 2021: no singularity near t = T
 LINEAR_STEPS = 1000  # the process Ho 2020 states its betas for
 MAX_PRIOR_KL = 0.01  # bits per dimension
 MIN_ALPHA_BAR = float(np.finfo(np.float32).tiny)  # below it float32 alpha_bar_t / alpha_bar_{t-1} becomes 0 / 0
+NOISE_ALPHA_BAR = 1e-20  # x_t is noise to the last bit of float32
 
 
 def check(family: str, start: float, end: float, tau: float = 1.0, steps: int = 1000, space: str = "alpha_bar") -> None:
@@ -165,7 +166,8 @@ def betas(
 
     space="beta" is the reading of earlier course code, beta_i = clip(1 - gamma(i/(T-1)), 1e-7, 0.999): the noise of
     the whole way taken for that of one step. cosine(0, 1, 1) is then below alpha_bar 0.01 from i = 177 of 1000 on
-    instead of 936. It is here to be compared with, not to be used.
+    instead of 936. It is here to be compared with, not to be used. Behind alpha_bar 1e-20 its betas are 1e-7: x_t is
+    noise there whatever is added, and alpha_bar, 1e-602 at the end, would be 0 in any float.
     """
     check(family, start, end, tau, steps, space)
     u = np.arange(steps + 1) / steps
@@ -178,7 +180,8 @@ def betas(
         with np.errstate(divide="ignore", invalid="ignore", under="ignore"):
             # 0 / 0 where a steep curve has underflown: nothing is left, so the step may take all it is allowed
             raw = 1 - np.nan_to_num(signal[1:] / signal[:-1], nan=0.0)
-    return np.clip(raw, MIN_BETA, MAX_BETA)
+    clipped = np.clip(raw, MIN_BETA, MAX_BETA)
+    return np.where(alpha_bar(clipped) < NOISE_ALPHA_BAR, MIN_BETA, clipped) if space == "beta" else clipped
 
 
 def alpha_bar(betas: np.ndarray) -> np.ndarray:
