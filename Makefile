@@ -16,11 +16,14 @@ demo: .venv/installed
 		$(BIN)/ddpm-search run digits --name demo; \
 	fi
 
+# Two at a time, file by file, for what a file's tests share is made once.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/python -m pytest -m "not faults"
+	$(PYTEST) -m "not faults"
 
 test-fast: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # Kills workers, nodes, drivers and heads of clusters of several nodes on this machine; some twenty minutes.
 test-faults: .venv/installed

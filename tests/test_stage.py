@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -237,11 +238,11 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 def actors() -> list[int]:
     """Shard actors that this process's own Ray started."""
-    return [
-        child.pid
-        for child in psutil.Process().children(recursive=True)
-        if any("ShardWorker" in part for part in child.cmdline())
-    ]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it may end meanwhile
+            found += [child.pid] * any("ShardWorker" in part for part in child.cmdline())
+    return found
 
 
 def written(run: Storage, path: str) -> int:
