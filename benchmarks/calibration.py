@@ -219,9 +219,9 @@ def main() -> None:
     for index in arguments.regimes:
         classes, n, split = REGIMES[index]
         found = simulate(classes, n, split, arguments.rankings, arguments.truth_draws, seed=0)
-        regimes[f"{classes:,} classes, N {n:,} in splits of {split:,}"] = found
+        regimes[f"{classes:,} classes, N {n:,} in splits of {split:,}"] = provenance(0) | found
         print({key: found[key] for key in ("classes", "images", "true_scores", "coverage", "seconds")}, flush=True)
-        write("calibration", {**provenance(0), "settings": settings, "regimes": regimes})
+        write("calibration", {"settings": settings, "regimes": regimes})
     plot(regimes, "docs/images/calibration.png")
 
 

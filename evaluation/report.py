@@ -37,13 +37,15 @@ def render(
     commands: Sequence[str],
     versions: Mapping[str, str],
     ended: str | None = None,
+    confirming_seconds: float = 0.0,
 ) -> str:
     """The page as text. What is not there yet is said in a sentence in its place.
 
     config: the resolved config.yaml. rows: trials.parquet as dicts, in its order. ranking: ranking.json, or None before
     the final stage. samples: trial → (n, H, W, C) uint8, image i of every trial from the same noise; real_samples:
     held-out images of that shape. events: trial → `events.read`. commands: the lines that make this run again.
-    versions: package → version. ended: why the search ended, where it did. All text is escaped.
+    versions: package → version. ended: why the search ended, where it did.
+    confirming_seconds: workers' time that the trainings from new seeds took. All text is escaped.
     """
     ranked = {entry["trial"]: entry for entry in (ranking or {}).get("trials", [])}
     metric = _deciding(config, rows)
@@ -63,7 +65,7 @@ def render(
         "Families": report_tables.families(rows, ranked, metric, epoch)
         + ("" if epoch is None else report_figures.family_plot(rows, metric, epoch)),
         "Which parameters mattered": report_tables.importance(rows, config["space"], metric, epoch),
-        "Cost": _cost(config, rows, events) + report_figures.cost_plots(rows, metric),
+        "Cost": _cost(config, rows, events, confirming_seconds) + report_figures.cost_plots(rows, metric),
         "All trials": report_tables.all_trials(rows, ranked),
         "Do it again": _again(config, commands, versions),
     }
@@ -206,7 +208,9 @@ def _asked(config: Mapping[str, Any], real_samples: np.ndarray | None, metric: s
     return "<dl>" + "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in asked.items()) + "</dl>"
 
 
-def _cost(config: Mapping[str, Any], rows: Sequence[Row], events: Mapping[str, Events]) -> str:
+def _cost(
+    config: Mapping[str, Any], rows: Sequence[Row], events: Mapping[str, Events], confirming_seconds: float
+) -> str:
     spent, saved = analysis.savings(rows, config["train"]["epochs"])
     if not spent:
         return "<p>No training time has been spent yet.</p>"
@@ -229,6 +233,8 @@ def _cost(config: Mapping[str, Any], rows: Sequence[Row], events: Mapping[str, E
             f"were idle for <strong>{busy.idle:.0%}</strong> of it (starting, waiting, or doing again what a crash "
             "lost)."
         )
+    if confirming_seconds:
+        text += f" Training the best again from new seeds took <strong>{_hours(confirming_seconds)}</strong> more."
     return text + " The final stage's sampling is not counted.</p>"
 
 

@@ -101,14 +101,16 @@ def _go(settings: Any, place: Any, splits: Any, address: str) -> None:
 def status(path: RunPath, as_json: Json = False) -> None:
     """The trials of a run, while it works and after."""
     from search import budget, watch
-    from search.records import read_ranking, read_run
+    from search.records import confirmations, read_ranking, read_run
 
     settings, place, records = read_run(path)
-    rows = list(records)
+    rows, repeats = list(records), confirmations(place)
     if as_json:
         from dataclasses import asdict
 
-        print(json.dumps([asdict(row) for row in rows], indent=2))
+        parents = [None] * len(rows) + [parent for parent, _ in repeats]
+        found = zip(parents, [*rows, *(row for _, row in repeats)], strict=True)
+        print(json.dumps([asdict(row) | {"repeats": parent} for parent, row in found], indent=2))
         return
     metric = settings["early_stopping"]["metric"]
     if metric == "auto":
@@ -117,6 +119,9 @@ def status(path: RunPath, as_json: Json = False) -> None:
     console.print(watch.trials_table(rows, metric, settings["train"]["epochs"]))
     if ended := budget.read(place).get("ended"):
         console.print(f"The search ended: {ended}.")
+    if repeats:
+        again = watch.trials_table([row for _, row in repeats], metric, settings["train"]["epochs"])
+        console.print("\nThe best, trained again from new seeds:", again)
     if ranking := read_ranking(place):
         console.print("", watch.ranking_table(ranking))
 

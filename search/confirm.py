@@ -15,10 +15,8 @@ from evaluation.stage import Candidate
 from search import budget, tuner
 from search.config import SearchConfig
 from search.interrupt import Interrupt
-from search.records import Records, Row
+from search.records import CONFIRM, Records, Row
 from trainer.storage import Storage
-
-FOLDER = "confirm"
 
 
 def train_again(
@@ -43,9 +41,9 @@ def train_again(
     if left and rest is None:
         console.print("Nothing is confirmed: the budget is spent.")
     elif left and rest is not None:
-        allowed = budget.Budget(rest, run.at(FOLDER), records)
+        allowed = budget.Budget(rest, run.at(CONFIRM), records)
         console.print(f"Confirming {', '.join(row.trial for row in chosen)}: {left} trainings from new seeds\n")
-        ended = tuner.search(settings, run.at(FOLDER), records, scorer, placement, allowed, interrupt, console)
+        ended = tuner.search(settings, run.at(CONFIRM), records, scorer, placement, allowed, interrupt, console)
         console.print(f"Confirming ended: {ended}.")
     done = {row.trial: row for row in all_rows(run, ()) if row.trial in parents}
     candidates = [Candidate(row.trial, row.checkpoint or "", parents[row.trial]) for row in done.values()]
@@ -55,7 +53,7 @@ def train_again(
 
 def plan(config: SearchConfig, run: Storage, chosen: Sequence[Row]) -> tuple[Records, dict[str, str], SearchConfig]:
     """The table with a row for each new training, trial → trial it repeats, and the search that trains just these."""
-    records = Records.load(run.at(FOLDER))
+    records = Records.load(run.at(CONFIRM))
     known = {row.trial for row in records}
     parents = {}
     for row in chosen:
@@ -71,8 +69,8 @@ def plan(config: SearchConfig, run: Storage, chosen: Sequence[Row]) -> tuple[Rec
 
 def all_rows(run: Storage, records: Iterable[Row]) -> list[Row]:
     """The rows of a search and those that confirmed it, whose checkpoints' paths are made ones below the run."""
-    repeats = Records.load(run.at(FOLDER))
+    repeats = Records.load(run.at(CONFIRM))
     return [
         *records,
-        *(dataclasses.replace(r, checkpoint=r.checkpoint and f"{FOLDER}/{r.checkpoint}") for r in repeats),
+        *(dataclasses.replace(r, checkpoint=r.checkpoint and f"{CONFIRM}/{r.checkpoint}") for r in repeats),
     ]

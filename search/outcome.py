@@ -17,7 +17,7 @@ from evaluation.sampling import sample_images
 from search import budget, confirm, watch
 from search.config import SearchConfig, UserError
 from search.prepare import judge_of, preflight
-from search.records import CONFIG, Records, open_run, read_ranking
+from search.records import CONFIG, Records, confirmations, open_run, read_ranking
 from trainer import checkpoint
 from trainer.data import Splits
 from trainer.storage import Storage
@@ -116,6 +116,7 @@ def write_report(
         run_name=config.name,
         config=config.model_dump(mode="json"),
         rows=[dataclasses.asdict(row) for row in records],
+        confirming_seconds=sum(row.worker_seconds for _, row in confirmations(run)),
         ranking=ranked,
         samples=samples,
         real_samples=splits.held_out.pixels[:SAMPLES],

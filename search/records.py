@@ -17,7 +17,7 @@ import yaml
 from search.config import SearchConfig, UserError, parse
 from trainer.storage import Storage
 
-CONFIG, RANKING = "config.yaml", "ranking.json"
+CONFIG, RANKING, CONFIRM = "config.yaml", "ranking.json", "confirm"
 FILE = "trials.parquet"
 State = Literal["running", "completed", "stopped", "screened", "reused", "failed"]
 ENDED = ("completed", "stopped", "failed")  # of those that were trained
@@ -218,6 +218,11 @@ def read_run(path: str) -> tuple[dict[str, Any], Storage, Records]:
             f"no run at {path}: its {CONFIG} is not a run's; give the folder that `ddpm-search run` printed"
         )
     return tree, run, records
+
+
+def confirmations(run: Storage) -> list[tuple[str, Row]]:
+    """(the trial that it repeats, its row) of every training from a new seed, in the order of RUN/confirm's table."""
+    return [(row.trial.rpartition("-seed")[0], row) for row in Records.load(run.at(CONFIRM))]
 
 
 def read_ranking(run: Storage) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -177,8 +178,22 @@ def test_the_installed_command_ends_with_status_2_and_no_traceback(tmp_path):
 def test_status_as_json_is_the_trials_table(command, run_folder):
     status, out, err = command("status", str(run_folder), "--json")
     assert (status, err) == (0, "")
-    assert [Row(**entry) for entry in json.loads(out)] == list(Records.load(Storage(run_folder)))
-    assert [set(entry) for entry in json.loads(out)] == 2 * [{field.name for field in dataclasses.fields(Row)}]
+    found = json.loads(out)
+    assert [entry.pop("repeats") for entry in found] == [None, None]
+    assert [Row(**entry) for entry in found] == list(Records.load(Storage(run_folder)))
+    assert [set(entry) for entry in found] == 2 * [{field.name for field in dataclasses.fields(Row)}]
+
+
+def test_status_lists_the_trainings_from_new_seeds_by_themselves(command, run_folder, row):
+    again = Records(Storage(run_folder / "confirm"))
+    for seed in (1, 2):
+        again.add(row(f"t0001-cosine-seed{seed}", seed=seed, state="completed", epoch=3, worker_seconds=5.0))
+    found = json.loads(command("status", str(run_folder), "--json")[1])
+    assert [entry["repeats"] for entry in found] == [None, None, "t0001-cosine", "t0001-cosine"]
+    _, out, _ = command("status", str(run_folder))
+    search, confirmed = out.split("The best, trained again from new seeds:")
+    assert "seed1" not in search
+    assert sorted(re.findall(r"^(\S+-seed\d)", confirmed, re.M)) == ["t0001-cosine-seed1", "t0001-cosine-seed2"]
 
 
 def test_status_prints_every_trial_best_first(command, run_folder):

@@ -212,6 +212,13 @@ def test_cost_says_what_was_spent_saved_and_idle():
     assert "ran for 2 hours with at most 2 trials at once; workers were idle for 68%" in text
 
 
+def test_confirmations_are_counted_by_themselves():
+    assert "from new seeds took" not in Page(render(ROWS)).text
+    assert (
+        "Training the best again from new seeds took 2 hours more." in Page(render(ROWS, confirming_seconds=7200)).text
+    )
+
+
 def test_best_and_known_points_are_shown_as_they_drew_at_their_last_rung():
     page = Page(full())
     assert "t1 cosine(0, 1, tau 1) the best, completed at epoch 90, Fréchet distance 1.111" in page.text
