@@ -118,7 +118,7 @@ def write_report(
         rows=[dataclasses.asdict(row) for row in records],
         ranking=ranked,
         samples=samples,
-        real_samples=splits.held_out.pixels[:SAMPLES],
+        real_samples=splits.held_out.pixels[splits.held_out.drawn(SAMPLES)],
         events=logged,
         commands=commands,
         versions=versions(),
