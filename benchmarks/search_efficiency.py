@@ -15,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -67,15 +68,15 @@ class Pool:
         self.taken[place] = None
         return self.recorded[place]
 
-    def scored(self, suggestion: dict[str, Any]) -> replay.Steps:
-        """As this project's trials report: at rungs, scored there."""
+    def scored(self, suggestion: dict[str, Any], rungs: list[int]) -> replay.Steps:
+        """As this project's trials report: at rungs and at the end, scored there."""
         training = suggestion["train"]
         names = ("learning_rate", "dropout")
         curve = self.take(training["schedule"] | {name: training[name] for name in names})
         steps, seconds = [], 0.0
         for epoch in curve.epochs:
             seconds += self.costs.epoch
-            if epoch["epoch"] in curves.RUNGS:
+            if epoch["epoch"] in (*rungs, curves.EPOCHS):
                 seconds += self.costs.score
                 report = {"epoch": epoch["epoch"], "rung": True, "worker_seconds": seconds, "curve": curve}
                 steps.append((seconds, report | {name: epoch[name] for name in ("frechet", "score", "grid_loss")}))
@@ -96,12 +97,11 @@ class Pool:
         return [(self.costs.full, report)]
 
 
-def ours(pool: Pool, seed: int, without: str | None, enough: Callable[..., bool]) -> replay.Replay:
-    """This project's search, or all of it but one part."""
-    overrides = [f"seed={seed}"]
-    overrides += ["known_points=[]"] if without == "known points" else []
-    overrides += ["early_stopping.scheduler=none"] if without == "rungs" else []
-    config = curves.settings(tuple(overrides))
+def ours(
+    pool: Pool, seed: int, enough: Callable[..., bool], overrides: tuple[str, ...] = (), without: str | None = None
+) -> replay.Replay:
+    """This project's search, or all of it but one part, or with other settings."""
+    config = curves.settings((f"seed={seed}", *overrides))
     fast = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with ExitStack() as stack:
         records = Records(Storage(stack.enter_context(tempfile.TemporaryDirectory(dir=fast))))
@@ -112,7 +112,8 @@ def ours(pool: Pool, seed: int, without: str | None, enough: Callable[..., bool]
             search._ot_study.sampler = optuna.samplers.RandomSampler(seed)
         rungs, epochs = config.rung_epochs(), config.train.epochs
         scheduler = RungScheduler(config.early_stopping, "frechet", rungs, epochs, records)
-        return replay.run(search, scheduler, pool.scored, WORKERS, len(pool.recorded), ended=enough)
+        at_rungs = partial(pool.scored, rungs=rungs)
+        return replay.run(search, scheduler, at_rungs, WORKERS, len(pool.recorded), ended=enough)
 
 
 def random_search(pool: Pool, seed: int, enough: Callable[..., bool]) -> replay.Replay:
@@ -132,12 +133,18 @@ def tutorial(pool: Pool, seed: int, enough: Callable[..., bool]) -> replay.Repla
 
 
 METHODS: dict[str, Callable[..., replay.Replay]] = {
-    "this search": lambda pool, seed, enough: ours(pool, seed, None, enough),
+    "this search": ours,
     "random search": random_search,
     "OptunaSearch + ASHA on the validation loss": tutorial,
-} | {
-    f"without {part}": lambda pool, seed, enough, part=part: ours(pool, seed, part, enough)
-    for part in ("screen", "rungs", "TPE", "known points")
+    "without screen": partial(ours, without="screen"),
+    "without rungs": partial(ours, overrides=("early_stopping.rungs=[]",)),
+    "without TPE": partial(ours, without="TPE"),
+    "without known points": partial(ours, overrides=("known_points=[]",)),
+    "one rung, at 1/9": partial(ours, overrides=(f"early_stopping.rungs=[{1 / 9}]",)),
+    "one rung, at 1/3": partial(ours, overrides=(f"early_stopping.rungs=[{1 / 3}]",)),
+    "the best half goes on": partial(ours, overrides=("early_stopping.reduction=2",)),
+    "the best quarter goes on": partial(ours, overrides=("early_stopping.reduction=4",)),
+    "median stopping": partial(ours, overrides=("early_stopping.scheduler=median",)),
 }
 
 

@@ -53,7 +53,8 @@ def search_efficiency(result: dict[str, Any]) -> str:
             f"noise that no rung has seen, of at most {result['target_frechet']:.1f}: what one random configuration in "
             f"twenty has. Chosen: what each method itself holds for its best at the cost of {at} full trainings. "
             "In brackets 95 % bootstrap intervals over the repeats, which do not cover that there is one pool, one "
-            "data set and one seed a training. `without` leaves one part of this search out.",
+            "data set and one seed a training. `without` leaves one part of this search out; the last rows are it with "
+            "other settings of `early_stopping` than the default two rungs, of which the best third goes on.",
             _table(["method", "full trainings' cost", "ratio to random", "reached", "Fréchet chosen"], rows),
             "Rank correlation with the quality at the end, of configurations that pass the screen:",
             _table(["measured at", "validation loss", "grid loss", "Fréchet of 128 images"], told),

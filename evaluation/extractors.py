@@ -13,7 +13,7 @@ import logging
 import shutil
 import tempfile
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -155,7 +155,7 @@ class Classifier:
 
 
 def train_classifier(
-    images: np.ndarray | Tensor,
+    images: Sequence[np.ndarray | Tensor],
     labels: np.ndarray | Tensor,
     held_out_images: np.ndarray | Tensor,
     held_out_labels: np.ndarray | Tensor,
@@ -167,12 +167,14 @@ def train_classifier(
 ) -> Classifier:
     """Train a classifier, and state its accuracy on images it has not seen.
 
-    images, held_out_images: uint8 (N, H, W, C); labels, held_out_labels: (N,) integers 0..K-1, all K among the
-    training labels. progress is told (epochs done, epochs). The same seed gives the same classifier on the same device
+    images: one or more uint8 (N_i, H, W, C), in all N, read a batch at a time: they may be mapped from disk.
+    held_out_images: uint8 (M, H, W, C); labels (N,), held_out_labels (M,): integers 0..K-1, all K among the training
+    labels. progress is told (epochs done, epochs). The same seed gives the same classifier on the same device
     type and number of threads; the caller's random numbers are not touched.
     Raises ValueError where images or labels are not of that form.
     """
-    x, y = _check_images(images).permute(0, 3, 1, 2), _check_labels(labels, len(images))
+    x = _Rows([_check_images(part) for part in images if len(part)])
+    y = _check_labels(labels, len(x))
     held_out, truth = _check_images(held_out_images), _check_labels(held_out_labels, len(held_out_images))
     classes = int(y.max()) + 1
     if len(y.unique()) != classes or int(truth.max()) >= classes or classes < 2:
@@ -182,10 +184,10 @@ def train_classifier(
     generator = torch.Generator().manual_seed(seed)  # on the CPU: one order of images whatever the device
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = ClassifierNet(x.shape[1], classes, min(x.shape[2:])).to(device)
-    net.mean.copy_((x.double().mean(dim=(0, 2, 3)) / 255)[:, None, None])
-    net.std.copy_((x.double().std(dim=(0, 2, 3)) / 255).clamp_min(1e-3)[:, None, None])
-    x, y = x.to(device), y.to(device)
+        net = ClassifierNet(x.shape[2], classes, min(x.shape[:2])).to(device)
+    mean, std = x.mean_and_std()
+    net.mean.copy_((mean / 255)[:, None, None])
+    net.std.copy_((std / 255).clamp_min(1e-3)[:, None, None])
 
     batch_size = min(64 if len(x) < 10_000 else 256, len(x))
     steps = len(x) // batch_size
@@ -196,9 +198,9 @@ def train_classifier(
         for epoch in range(epochs):
             order = torch.randperm(len(x), generator=generator)
             for step in range(steps):
-                index = order[step * batch_size : (step + 1) * batch_size].to(device)
-                batch = _augment(net.normalise(x[index]), generator, horizontal_flip)
-                loss = F.cross_entropy(net.head(net.pooled(batch)), y[index])
+                index = order[step * batch_size : (step + 1) * batch_size]
+                batch = _augment(net.normalise(x[index].to(device)), generator, horizontal_flip)
+                loss = F.cross_entropy(net.head(net.pooled(batch)), y[index].to(device))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -206,7 +208,7 @@ def train_classifier(
             if progress is not None:
                 progress(epoch + 1, epochs)
     net.eval().requires_grad_(False)
-    classifier = Classifier(net, classes, x.shape[1], min(x.shape[2:]), 0.0, len(truth), seed)
+    classifier = Classifier(net, classes, x.shape[2], min(x.shape[:2]), 0.0, len(truth), seed)
     guesses = classifier.extract(held_out).probabilities.argmax(axis=1)
     return replace(classifier, accuracy=float((guesses == truth.numpy()).mean()))
 
@@ -331,6 +333,40 @@ def _extract(
         if bias is not None:
             logits += bias.cpu().double()
     return Extraction(softmax_float64(logits.numpy()), features.numpy())
+
+
+class _Rows:
+    """Images of several tensors (N_i, H, W, C) read as one, none of it before it is asked for."""
+
+    def __init__(self, parts: list[Tensor]) -> None:
+        if len({part.shape[1:] for part in parts}) != 1:
+            raise ValueError(f"images must be of one shape, but got {[tuple(part.shape) for part in parts]}")
+        self.parts, self.shape = parts, parts[0].shape[1:]  # (H, W, C)
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """(n,) int64 → (n, C, H, W) uint8."""
+        rows = torch.empty((len(index), *self.shape), dtype=torch.uint8)
+        first = 0
+        for part in self.parts:
+            here = (first <= index) & (index < first + len(part))
+            rows[here] = part[index[here] - first]
+            first += len(part)
+        return rows.permute(0, 3, 1, 2)
+
+    def mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """Of each channel, (C,) float64 in 0..255; from how often each of the 256 values is there."""
+        channels = self.shape[2]
+        counts = torch.zeros(channels, 256, dtype=torch.float64)
+        for part in self.parts:
+            for block in part.split(1000):
+                for channel in range(channels):
+                    counts[channel] += torch.bincount(block[..., channel].flatten(), minlength=256)
+        values, n = torch.arange(256, dtype=torch.float64), counts.sum(dim=1)
+        mean = counts @ values / n
+        return mean, ((counts * (values - mean[:, None]) ** 2).sum(dim=1) / (n - 1)).sqrt()
 
 
 @contextmanager

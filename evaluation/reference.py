@@ -1,7 +1,7 @@
 """What images are judged by: the extractor, and what it makes of real images and of pure noise."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,18 +21,22 @@ from evaluation.scores import FeatureStatistics
 from trainer.data import Splits
 
 PROBE_IMAGES = 64  # held-out images of the grid loss
-REAL_IMAGES = 10_000  # training images, at most, that KID, precision and recall compare with pair by pair
+# Of real images, so many at most are compared one by one (scores, KID, precision and recall); means and covariances are
+# of all. Drawn, since files often lie in the order of their classes.
+REAL_IMAGES = 10_000
+NOISE_AT_ONCE = 500  # a batch of the classifier, ten of Inception
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One extractor's view of a data set. Real images are the held-out ones, as many as there are."""
+    """One extractor's view of a data set. Its memory does not grow with the data."""
 
     extractor: Classifier | Inception
     train: FeatureStatistics
     train_features: np.ndarray  # (at most REAL_IMAGES, D)
-    held_out: Extraction
-    noise: Extraction
+    held_out_statistics: FeatureStatistics
+    held_out: Extraction  # of at most REAL_IMAGES, or as many as are drawn of a trial, in random order
+    noise: Extraction  # of as many
     key: str  # of the data and the classifier's weights: what a shard's results depend on
 
     @property
@@ -52,19 +56,52 @@ def prepare(
     extractor = _extractor(splits, config, cache, key, device, progress)
     if extractor is None:
         return None
-    held_out = splits.held_out.pixels
-    noise = np.random.default_rng(0).standard_normal((max(len(held_out), 2), *held_out.shape[1:]))
-    noise = np.clip(np.round((noise + 1) * 127.5), 0, 255).astype(np.uint8)
     progress(f"{extractor.name}: reading the real images")
-    train_features = extractor.extract(splits.train.pixels).features
+    train, held_out = splits.train.pixels, splits.held_out.pixels
+    shown = splits.held_out.drawn(max(REAL_IMAGES, config.images))
+    train_statistics, judged_train = _judged(extractor, train, splits.train.drawn(REAL_IMAGES))
+    held_out_statistics, judged_held_out = _judged(extractor, held_out, shown)
     return Reference(
         extractor=extractor,
-        train=FeatureStatistics.of(train_features),
-        train_features=train_features[:REAL_IMAGES].copy(),
-        held_out=extractor.extract(held_out),
-        noise=extractor.extract(noise),
+        train=train_statistics,
+        train_features=judged_train.features,
+        held_out_statistics=held_out_statistics,
+        held_out=judged_held_out,
+        noise=_joined([extractor.extract(block) for block in _noise(max(len(shown), 2), held_out.shape[1:])]),
         key=f"{key}-{_weights_hash(extractor)}",
     )
+
+
+def _judged(
+    extractor: Classifier | Inception, pixels: np.ndarray, kept: np.ndarray
+) -> tuple[FeatureStatistics, Extraction]:
+    """Statistics of all images; probabilities and features of the rows `kept`, in their order. One pass."""
+    parts, wanted = [], np.zeros(len(pixels), bool)
+    wanted[kept] = True
+
+    def features() -> Iterator[np.ndarray]:
+        for first in range(0, len(pixels), REAL_IMAGES):
+            block = slice(first, first + REAL_IMAGES)
+            judged = extractor.extract(pixels[block])
+            parts.append(Extraction(judged.probabilities[wanted[block]], judged.features[wanted[block]]))
+            yield judged.features
+
+    statistics = FeatureStatistics.of_blocks(features())
+    ascending, place = _joined(parts), np.argsort(np.argsort(kept))
+    return statistics, Extraction(ascending.probabilities[place], ascending.features[place])
+
+
+def _joined(parts: list[Extraction]) -> Extraction:
+    probabilities, features = zip(*parts, strict=True)
+    return Extraction(np.concatenate(probabilities), np.concatenate(features))
+
+
+def _noise(count: int, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """`count` images of Gaussian noise in blocks (n, H, W, C) uint8: as float64 they are eight times as large."""
+    rng = np.random.default_rng(0)
+    for first in range(0, count, NOISE_AT_ONCE):
+        drawn = rng.standard_normal((min(NOISE_AT_ONCE, count - first), *shape))
+        yield np.clip(np.round((drawn + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 def _weights_hash(extractor: Classifier | Inception) -> str:
@@ -99,7 +136,7 @@ def _extractor(
         assert rest.labels is not None
         assert held_out.labels is not None
         return train_classifier(
-            np.concatenate([images.pixels, rest.pixels]),
+            [images.pixels, rest.pixels],
             np.concatenate([images.labels, rest.labels]),
             held_out.pixels,
             held_out.labels,
@@ -118,7 +155,7 @@ def rung_scorer(
     return RungScorer(
         extractor=reference.extractor if reference else None,
         reference=reference.train if reference else None,
-        probe=splits.held_out.pixels[:PROBE_IMAGES],
+        probe=splits.held_out.pixels[splits.held_out.drawn(PROBE_IMAGES)],
         images=images,
         sampler=sampler,
         metric=metric,

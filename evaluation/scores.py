@@ -3,6 +3,7 @@
 N, M images · K classes · D features · S splits of n images. Nothing here knows which network made the numbers.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,12 +109,23 @@ class FeatureStatistics:
     @classmethod
     def of(cls, features: ArrayLike) -> "FeatureStatistics":
         """features (N, D), N >= 2. Raises ValueError where there are fewer, or one is not finite."""
-        values = _matrix(features, "features")
-        if len(values) < 2:
-            raise ValueError(f"a covariance needs at least 2 images, but got {len(values)}")
-        mean = values.mean(axis=0)
-        centred = values - mean
-        return cls(mean, centred.T @ centred / (len(values) - 1), len(values))
+        return cls.of_blocks([features])
+
+    @classmethod
+    def of_blocks(cls, blocks: Iterable[ArrayLike]) -> "FeatureStatistics":
+        """Of all rows of the blocks (N_i, D), of which one is held at a time (Chan 1983, doi:10.2307/2683386)."""
+        n, mean, scatter = 0, np.zeros(1), np.zeros((1, 1))
+        for block in blocks:
+            values = _matrix(block, "features")
+            of_block = values.mean(axis=0)
+            centred, shift = values - of_block, of_block - mean
+            total = n + len(values)
+            scatter = scatter + centred.T @ centred + np.outer(shift, shift) * (n * len(values) / total)
+            mean = mean + shift * (len(values) / total)
+            n = total
+        if n < 2:
+            raise ValueError(f"a covariance needs at least 2 images, but got {n}")
+        return cls(mean, scatter / (n - 1), n)
 
 
 def frechet_distance(a: ArrayLike | FeatureStatistics, b: ArrayLike | FeatureStatistics) -> float:

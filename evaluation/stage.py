@@ -21,7 +21,6 @@ from evaluation.files import parquet_of
 from evaluation.ranking import Distance, RankedTrial, TrialSamples, rank
 from evaluation.reference import Reference
 from evaluation.sampling import sample_images
-from evaluation.scores import FeatureStatistics
 from trainer import checkpoint, schedules
 from trainer.storage import Storage
 
@@ -174,7 +173,7 @@ def ranking(
 ) -> dict[str, Any]:
     """Ranks what `draw` drew: the content of ranking.json but for the trials' parameters.
 
-    notes: trial → reason, for trials that have no images. The real images are the held-out ones; where they are fewer
+    notes: trial → reason, for trials that have no images. The real images are held-out ones; where they are fewer
     than `config.images`, `at_real_n` has every trial's scores at their number, for a fair comparison. KID, precision
     and recall (k = 3) compare with `real_images` training images.
     """
@@ -182,9 +181,9 @@ def ranking(
     repeats = {c.trial: c.repeats for c in candidates}
     samples = [TrialSamples(t, judged.probabilities, judged.features, None, repeats[t]) for t, judged in drawn.items()]
     samples += [TrialSamples(trial, reason=reason, repeats=repeats.get(trial)) for trial, reason in notes.items()]
-    train, held_out = reference.train_features, FeatureStatistics.of(reference.held_out.features)
+    train = reference.train_features
     distances: dict[str, Distance] = {
-        "frechet_held_out": lambda features: scores.frechet_influence(features, held_out),
+        "frechet_held_out": lambda features: scores.frechet_influence(features, reference.held_out_statistics),
         "kid": lambda features: scores.kid_influence(features, train),
     }
     ranked = rank(samples, reference.train, config.split_size, distances=distances)

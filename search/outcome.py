@@ -119,7 +119,7 @@ def write_report(
         confirming_seconds=sum(row.worker_seconds for _, row in confirmations(run)),
         ranking=ranked,
         samples=samples,
-        real_samples=splits.held_out.pixels[:SAMPLES],
+        real_samples=splits.held_out.pixels[splits.held_out.drawn(SAMPLES)],
         events=logged,
         commands=commands,
         versions=versions(),

@@ -12,6 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -28,15 +29,20 @@ def split_digits(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
     return parts[0], parts[2], parts[1], parts[3]
 
 
+def of_digits(seed: int = 0) -> Classifier:
+    images, *others = split_digits(seed)
+    return train_classifier([images], *others, seed=seed)
+
+
 def quick(seed: int = 0, **settings: object) -> Classifier:
     """A classifier that has seen little: for laws that hold however well it has learned."""
     images, labels, held_out, truth = split_digits(0)
-    return train_classifier(images[:256], labels[:256], held_out, truth, seed, epochs=1, **settings)  # type: ignore[arg-type]
+    return train_classifier([images[:256]], labels[:256], held_out, truth, seed, epochs=1, **settings)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def digits_classifier() -> Classifier:
-    return train_classifier(*split_digits(0))
+    return of_digits()
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +77,7 @@ def test_digits_classifier_knows_held_out_digits(digits_classifier):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_digits_classifier_knows_held_out_digits_of_every_split(seed):
-    assert train_classifier(*split_digits(seed), seed=seed).accuracy >= 0.985
+    assert of_digits(seed).accuracy >= 0.985
 
 
 @pytest.mark.slow
@@ -115,7 +121,7 @@ def test_classifier_fits_colour_images_of_32_pixels():
     images, labels = rng.integers(0, 256, (24, 32, 32, 3), dtype=np.uint8), np.arange(24) % 3
     told: list[tuple[int, int]] = []
     classifier = train_classifier(
-        images,
+        [images],
         labels,
         images,
         labels,
@@ -129,6 +135,41 @@ def test_classifier_fits_colour_images_of_32_pixels():
     assert told == [(1, 2), (2, 2)]
 
 
+class LargestMade(TorchDispatchMode):
+    """The most images that any new tensor (N, H, W, C) or (N, C, H, W) held: views of what was there are not new."""
+
+    images = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        if isinstance(made, torch.Tensor) and made.ndim == 4 and made.untyped_storage().data_ptr() not in given:
+            self.images = max(self.images, len(made))
+        return made
+
+
+class OnDisk(np.ndarray):
+    """Images larger than memory: no NumPy function may touch them as a whole."""
+
+    def __array_function__(self, func, types, args, kwargs):
+        raise MemoryError(func)
+
+
+@pytest.mark.slow
+def test_a_classifier_learns_from_parts_that_are_never_joined_what_it_learns_from_the_whole():
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (320, 8, 8, 3), dtype=np.uint8), np.arange(320) % 3
+    parts = [images[:200].view(OnDisk), images[200:].view(OnDisk)]
+    with LargestMade() as largest:
+        apart = train_classifier(parts, labels, images[:9], labels[:9], epochs=2)
+    assert largest.images == 64, "more than a batch was held at once"
+    assert same_weights(apart, train_classifier([images], labels, images[:9], labels[:9], epochs=2))
+    # An oracle for the sums over values: PyTorch's own over all pixels.
+    pixels = torch.as_tensor(images).double() / 255
+    torch.testing.assert_close(apart.net.mean.flatten(), pixels.mean(dim=(0, 1, 2)).float(), rtol=1e-7, atol=0)
+    torch.testing.assert_close(apart.net.std.flatten(), pixels.std(dim=(0, 1, 2)).float(), rtol=1e-7, atol=0)
+
+
 def test_images_and_labels_of_another_form_are_refused(untrained):
     images, labels, held_out, truth = split_digits(0)
     with pytest.raises(ValueError, match="uint8"):
@@ -136,9 +177,9 @@ def test_images_and_labels_of_another_form_are_refused(untrained):
     with pytest.raises(ValueError, match="1 channels, but got 3"):
         untrained.extract(np.repeat(images[:2], 3, axis=3))
     with pytest.raises(ValueError, match=r"every class 0\.\.9"):
-        train_classifier(images[labels != 4], labels[labels != 4], held_out, truth)
+        train_classifier([images[labels != 4]], labels[labels != 4], held_out, truth)
     with pytest.raises(ValueError, match="1437 integers"):
-        train_classifier(images, labels[:-1], held_out, truth)
+        train_classifier([images], labels[:-1], held_out, truth)
 
 
 # The classifier on disk

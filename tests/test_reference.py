@@ -1,6 +1,7 @@
 """What images are judged by, made of a data set as it is trained on."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from evaluation import reference
@@ -30,3 +31,41 @@ def test_where_training_mirrors_images_the_judge_takes_mirror_images_for_the_sam
     assert accuracy(mirrored=False) == 1.0
     assert accuracy(mirrored=True) < 0.9
     assert accuracy(mirrored=False) == 1.0
+
+
+@pytest.mark.slow
+def test_statistics_are_of_all_images_and_what_is_compared_one_by_one_of_a_draw_from_all_classes(tmp_path, monkeypatch):
+    """Files in the order of their classes, more of them than are compared: in blocks as at once, to the last bits."""
+    monkeypatch.setenv("DDPM_SEARCH_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for i in range(160):
+        pixels = rng.integers(0, 60, (8, 8), dtype=np.uint8) + np.uint8(190 * (i // 80))
+        place = tmp_path / "images" / ("dark", "light")[i // 80] / f"{i:03d}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place)
+    splits = data.load(DataConfig(name=f"folder:{tmp_path}/images", train_fraction=0.5))
+    config = FinalStageConfig(images=30, split_size=10)
+
+    def judge() -> reference.Reference:
+        made = reference.prepare(splits, config, tmp_path / "cache", "cpu", lambda what: None)
+        assert made is not None
+        return made
+
+    whole = judge()
+    assert len(whole.train_features) == len(whole.held_out.features) == len(whole.noise.features) == 80
+    monkeypatch.setattr(reference, "REAL_IMAGES", 25)
+    monkeypatch.setattr(reference, "NOISE_AT_ONCE", 7)
+    blocks = judge()
+    for name in ("train", "held_out_statistics"):
+        one, other = getattr(whole, name), getattr(blocks, name)
+        assert one.n == other.n == 80
+        np.testing.assert_allclose(other.covariance, one.covariance, rtol=1e-4, atol=1e-6)
+    assert len(blocks.train_features) == 25
+    assert len(blocks.held_out.features) == len(blocks.noise.features) == 30
+    np.testing.assert_allclose(blocks.held_out.features, whole.held_out.features[:30], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(blocks.noise.features, whole.noise.features[:30], rtol=1e-4, atol=1e-5)
+    light = blocks.held_out.probabilities.argmax(axis=1)
+    np.testing.assert_array_equal(light, splits.held_out.labels[splits.held_out.drawn(30)])
+    assert 5 < light.sum() < 25
+    probe = reference.rung_scorer(splits, blocks, 30, config.sampler, "frechet").probe
+    assert 0.2 < (probe.mean(axis=(1, 2, 3)) > 127).mean() < 0.8

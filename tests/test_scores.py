@@ -133,6 +133,15 @@ def test_frechet_is_symmetric_with_fewer_images_than_dimensions():
     assert frechet_distance(a, b) > 0
 
 
+def test_statistics_of_blocks_are_those_of_all_rows():
+    rows = np.random.default_rng(0).normal(5, 2, (101, 7)).astype(np.float32)
+    whole, blocks = FeatureStatistics.of(rows), FeatureStatistics.of_blocks(rows[i : i + 10] for i in range(0, 101, 10))
+    assert whole.n == blocks.n == 101
+    np.testing.assert_allclose(whole.covariance, np.cov(rows.astype(np.float64), rowvar=False), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(blocks.mean, whole.mean, rtol=1e-13)
+    np.testing.assert_allclose(blocks.covariance, whole.covariance, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("n", [40, 500])  # fewer images than dimensions, and more
 def test_frechet_influence_is_the_derivative_in_the_weight_of_an_image(n):
     a, b = random_features(n, d=64), FeatureStatistics.of(random_features(1000, d=64, shift=0.2, seed=1))

@@ -46,6 +46,7 @@ def judged_by(extractor: Classifier) -> Reference:
         extractor,
         FeatureStatistics.of(features),
         features,
+        FeatureStatistics.of(extractor.extract(held_out).features),
         extractor.extract(held_out),
         extractor.extract(noise),
         key,
