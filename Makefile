@@ -16,14 +16,16 @@ demo: .venv/installed
 		$(BIN)/ddpm-search run digits --name demo; \
 	fi
 
-# Two at a time, file by file, for what a file's tests share is made once.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest
+# File by file, for what a file's tests share is made once. What starts a Ray wants both cores for itself.
+BY_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 test: lint
-	$(PYTEST) -m "not faults"
+	$(PYTEST) $(BY_TWO) -m "not ray and not faults"
+	$(PYTEST) -m "ray and not faults"
 
 test-fast: .venv/installed
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(BY_TWO) -m "not slow"
 
 # Kills workers, nodes, drivers and heads of clusters of several nodes on this machine; some twenty minutes.
 test-faults: .venv/installed

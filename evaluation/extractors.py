@@ -1,4 +1,4 @@
-"""Images → class probabilities and features, by a small classifier of the data set's own labels or by Inception V3.
+"""Images → class probabilities and features, by a small classifier of the data set's own labels.
 
 N images · H,W pixels · C channels (1 or 3) · K classes · D features. Images are uint8 (N, H, W, C), NumPy or torch.
 Networks compute in float32 without TF32, the last layer and the softmax in float64.
@@ -6,13 +6,10 @@ Networks compute in float32 without TF32, the last layer and the softmax in floa
 
 import copy
 import hashlib
-import io
 import itertools
 import json
 import logging
-import shutil
 import tempfile
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -28,9 +25,6 @@ from torch.nn import functional as F
 
 from evaluation.scores import Array, softmax_float64
 
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 CLASSIFIER_VERSION = 1  # of the architecture and the recipe below: part of a cached classifier's name
 
 log = logging.getLogger(__name__)
@@ -116,11 +110,11 @@ class Classifier:
 
         Raises ValueError where the shape or type is another.
         """
-        batch = _check_images(images)
+        batch = check_images(images)
         if batch.shape[3] != self.channels:
             raise ValueError(f"the classifier knows images of {self.channels} channels, but got {batch.shape[3]}")
         device = self.net.head.weight.device
-        return _extract(batch, batch_size, device, self.net.features, self.net.head.weight, self.net.head.bias)
+        return extract_with(batch, batch_size, device, self.net.features, self.net.head.weight, self.net.head.bias)
 
     def to(self, device: str | torch.device) -> "Classifier":
         """The same classifier on another device; this one stays where it is."""
@@ -173,9 +167,9 @@ def train_classifier(
     type and number of threads; the caller's random numbers are not touched.
     Raises ValueError where images or labels are not of that form.
     """
-    x = _Rows([_check_images(part) for part in images if len(part)])
+    x = _Rows([check_images(part) for part in images if len(part)])
     y = _check_labels(labels, len(x))
-    held_out, truth = _check_images(held_out_images), _check_labels(held_out_labels, len(held_out_images))
+    held_out, truth = check_images(held_out_images), _check_labels(held_out_labels, len(held_out_images))
     classes = int(y.max()) + 1
     if len(y.unique()) != classes or int(truth.max()) >= classes or classes < 2:
         last = max(classes - 1, int(truth.max()), 1)
@@ -240,82 +234,7 @@ def cached_classifier(cache_dir: Path, data_key: str, make: Callable[[], Classif
         return made.to("cpu")
 
 
-class Inception:
-    """torch-fidelity's Inception V3: the 2015 TensorFlow graph whose scores are published. K = 1008, D = 2048."""
-
-    name = "inception"
-    score_name = "Inception Score"
-
-    def __init__(
-        self, weights: Path | None = None, device: str | torch.device = "cpu", sha256: str = INCEPTION_SHA256
-    ) -> None:
-        """weights: the file; None takes inception_path(), and downloads the file (91 MiB) to it where it is missing.
-
-        Raises FileNotFoundError where there is no file and none can be had, ValueError where its SHA-256 is another.
-        """
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-        path = inception_path() if weights is None else weights
-        if not path.is_file():
-            if weights is not None:
-                raise FileNotFoundError(f"no Inception weights at {path}: put {INCEPTION_URL} there")
-            _download_inception(path)
-        content = path.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        if digest != sha256:  # before anything reads the file as more than bytes
-            raise ValueError(f"{path} must have SHA-256 {sha256}, but has {digest}: put {INCEPTION_URL} there instead")
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        # torch-fidelity builds the network only together with its weights, and unpickles those in full: it is given
-        # tensors that were loaded safely and pickled again here.
-        tensors = io.BytesIO()
-        torch.save(state, tensors)
-        tensors.seek(0)
-        with torch.random.fork_rng(devices=[]):  # building layers draws initial weights
-            self.net = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=tensors)
-        self.net.to(device)
-        self.device = torch.device(device)
-
-    def to(self, device: str | torch.device) -> "Inception":
-        """The same extractor on another device; this one stays where it is."""
-        moved = copy.copy(self)
-        moved.net, moved.device = copy.deepcopy(self.net).to(device), torch.device(device)
-        return moved
-
-    def extract(self, images: np.ndarray | Tensor, batch_size: int = 50) -> Extraction:
-        """uint8 (N, H, W, 1 or 3) of any size (grey is repeated to three channels) → Extraction, K = 1008, D = 2048."""
-        # The bias of the last layer is left out, as in every published Inception Score.
-        return _extract(_check_images(images), batch_size, self.device, self._features, self.net.fc.weight, None)
-
-    def _features(self, images: Tensor) -> Tensor:
-        features: Tensor = self.net(images.expand(-1, 3, -1, -1))[0]
-        return features
-
-
-Extractor = Classifier | Inception
-
-
-def inception_path() -> Path:
-    """Where the Inception weights are looked for when no path is given: torch-fidelity's own place, there or not."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-
-
-def _download_inception(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".download-", delete=False) as part:
-        try:
-            with urllib.request.urlopen(INCEPTION_URL, timeout=30) as response:
-                shutil.copyfileobj(response, part)
-            part.close()
-            Path(part.name).replace(path)
-        except OSError as error:
-            Path(part.name).unlink()
-            raise FileNotFoundError(
-                f"no Inception weights at {path}, and {INCEPTION_URL} cannot be reached ({error}): "
-                f"put the file {INCEPTION_FILE} there, or name its path"
-            ) from error
-
-
-def _extract(
+def extract_with(
     images: Tensor,
     batch_size: int,
     device: torch.device,
@@ -390,7 +309,7 @@ def _augment(images: Tensor, generator: torch.Generator, horizontal_flip: bool) 
     return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)  # 0 is the mean of the images
 
 
-def _check_images(images: np.ndarray | Tensor) -> Tensor:
+def check_images(images: np.ndarray | Tensor) -> Tensor:
     batch = torch.as_tensor(images)
     if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[3] not in (1, 3) or 0 in batch.shape:
         raise ValueError(f"images must be uint8 (N, H, W, 1 or 3), but got {batch.dtype} {tuple(batch.shape)}")

@@ -8,14 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.config import FinalStageConfig, SamplerConfig
-from evaluation.extractors import (
-    Classifier,
-    Extraction,
-    Inception,
-    cached_classifier,
-    inception_path,
-    train_classifier,
-)
+from evaluation.extractors import Classifier, Extraction, cached_classifier, train_classifier
+from evaluation.inception import Inception, inception_path
 from evaluation.rung import Metric, RungScorer
 from evaluation.scores import FeatureStatistics
 from trainer.data import Splits

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from evaluation.config import SamplerConfig
-from evaluation.extractors import Classifier, Inception
+from evaluation.extractors import Classifier
+from evaluation.inception import Inception
 from evaluation.pictures import image_grid
 from evaluation.sampling import sample_images
 from evaluation.scores import FeatureStatistics, frechet_distance, inception_score

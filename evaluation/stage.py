@@ -16,8 +16,9 @@ import ray
 
 from evaluation import scores
 from evaluation.config import FinalStageConfig
-from evaluation.extractors import Classifier, Extraction, Inception
+from evaluation.extractors import Classifier, Extraction
 from evaluation.files import parquet_of
+from evaluation.inception import Inception
 from evaluation.ranking import Distance, RankedTrial, TrialSamples, rank
 from evaluation.reference import Reference
 from evaluation.sampling import sample_images

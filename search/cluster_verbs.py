@@ -105,7 +105,7 @@ def _weights(settings: "SearchConfig | None") -> "Iterator[Finding]":
 
     if settings is None or not settings.final.inception_weights:
         return
-    from evaluation.extractors import Inception
+    from evaluation.inception import Inception
 
     path = Path(settings.final.inception_weights).expanduser()
     try:

@@ -141,7 +141,7 @@ def sample(folder: Path, out: Path, images: int, sampler: str, steps: int, seed:
 
 def score(path: Path, extractor: str, weights: Path | None, split_size: int) -> dict[str, Any]:
     """The score of images, or of stored probabilities or logits, as `score --json` prints it."""
-    from evaluation import extractors, files, scores
+    from evaluation import extractors, files, inception, scores
 
     try:
         probabilities = _stored_probabilities(path)
@@ -149,7 +149,7 @@ def score(path: Path, extractor: str, weights: Path | None, split_size: int) -> 
         if probabilities is None:
             drawn = files.read_images(path)
             if extractor == "inception":
-                judge: Any = extractors.Inception(weights)
+                judge: Any = inception.Inception(weights)
             else:
                 judge = extractors.Classifier.load(Path(extractor))
             name, score_name = judge.name, judge.score_name

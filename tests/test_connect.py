@@ -49,6 +49,7 @@ def test_an_existing_token_is_taken_from_others_and_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_a_local_ray_listens_on_loopback_alone_and_asks_for_a_token(tmp_path, tmp_path_factory):
     environment = {**os.environ, "HOME": str(tmp_path), "RAY_TMPDIR": str(tmp_path_factory.mktemp("r"))}
     done = subprocess.run(

@@ -19,7 +19,7 @@ from search.records import Records
 from trainer import checkpoint
 from trainer.storage import Storage
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(400)]
 COMMAND = (sys.executable, "-m", "search.cli")
 # linear(1e-4, 0.001) leaves 0.62 bits a dimension of the image in x_T
 SCREENED_POINT = "known_points+={family: linear, start: 1.0e-4, end: 0.001}"

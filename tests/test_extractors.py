@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from evaluation import extractors
-from evaluation.extractors import Classifier, Inception, cached_classifier, inception_path, train_classifier
+from evaluation import inception as inception_v3
+from evaluation.extractors import Classifier, cached_classifier, train_classifier
+from evaluation.inception import Inception, inception_path
 from evaluation.scores import frechet_distance, inception_score
 
 
@@ -250,7 +251,7 @@ def test_two_that_start_at_once_return_the_same_classifier(tmp_path):
 def test_inception_weights_are_checked_before_they_are_loaded(tmp_path):
     path = tmp_path / "weights.pth"
     path.write_bytes(pickle.dumps({"not": "tensors"}))
-    with pytest.raises(ValueError, match=extractors.INCEPTION_SHA256):
+    with pytest.raises(ValueError, match=inception_v3.SHA256):
         Inception(path)
 
 
@@ -280,7 +281,7 @@ def test_missing_inception_weights_are_named(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=f"{inception_path()}.*no route to host"):
         Inception()
     assert list(inception_path().parent.iterdir()) == []
-    with pytest.raises(FileNotFoundError, match=extractors.INCEPTION_URL):
+    with pytest.raises(FileNotFoundError, match=inception_v3.URL):
         Inception(tmp_path / "mine.pth")
 
 

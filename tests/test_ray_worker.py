@@ -23,7 +23,7 @@ from trainer.config import DataConfig, ModelConfig, TrainConfig
 from trainer.storage import Storage
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import the tests
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(300)]
 
 CONFIG = TrainConfig(
     data=DataConfig(subset=64, train_fraction=0.5),

@@ -16,7 +16,7 @@ from search.records import Records
 from trainer import checkpoint
 from trainer.storage import Storage
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(300)]
 SETTINGS = (
     "train.data.labels=false",  # no classifier to be trained: trials are stopped by the grid loss
     "train.model={channels: [8, 16], attention: [false, true], attention_head_dim: 8, norm_groups: 4}",

@@ -259,6 +259,7 @@ def until(condition: Callable[[], bool], thread: threading.Thread, seconds: floa
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.timeout(200)
 def test_a_killed_actor_costs_the_shards_in_flight_and_a_diverged_model_only_itself(run, judge, local_ray):
     config = CONFIG.model_copy(update={"images": 1000, "sampler": SamplerConfig(steps=20, block_size=10)})
@@ -298,6 +299,7 @@ def test_a_killed_actor_costs_the_shards_in_flight_and_a_diverged_model_only_its
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.timeout(200)
 def test_a_worker_that_has_lost_its_place_gets_that_of_one_with_nothing_to_do(run, judge, local_ray):
     """As when a node is lost: the killed worker is started again, and there is no room beside the other."""
