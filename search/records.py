@@ -221,8 +221,15 @@ def read_run(path: str) -> tuple[dict[str, Any], Storage, Records]:
 
 
 def confirmations(run: Storage) -> list[tuple[str, Row]]:
-    """(the trial that it repeats, its row) of every training from a new seed, in the order of RUN/confirm's table."""
-    return [(row.trial.rpartition("-seed")[0], row) for row in Records.load(run.at(CONFIRM))]
+    """(the trial that it repeats, its row) of every training from a new seed, in the order of RUN/confirm's table.
+
+    Raises UserError where that is damaged.
+    """
+    place = run.at(CONFIRM)
+    try:
+        return [(row.trial.rpartition("-seed")[0], row) for row in Records.load(place)]
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{place.uri}/{FILE} is damaged: {error}; restore it from a copy") from error
 
 
 def read_ranking(run: Storage) -> dict[str, Any] | None:

@@ -184,6 +184,14 @@ def test_status_as_json_is_the_trials_table(command, run_folder):
     assert [set(entry) for entry in found] == 2 * [{field.name for field in dataclasses.fields(Row)}]
 
 
+def test_a_damaged_table_of_confirmations_is_said(command, run_folder):
+    (run_folder / "confirm").mkdir()
+    (run_folder / "confirm" / "trials.parquet").write_bytes(b"cut")
+    status, _, err = command("status", str(run_folder))
+    assert status == 2
+    assert "confirm/trials.parquet is damaged" in err
+
+
 def test_status_lists_the_trainings_from_new_seeds_by_themselves(command, run_folder, row):
     again = Records(Storage(run_folder / "confirm"))
     for seed in (1, 2):
