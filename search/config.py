@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 
 from evaluation.config import FinalStageConfig, SamplerConfig
 from trainer import schedules
-from trainer.config import Config, TrainConfig
+from trainer.config import Config, TrainConfig, said
 from trainer.schedules import Family
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -218,7 +218,9 @@ class SearchConfig(Config):
         "train",
         description="train: Ray Train, any number of workers. reuse: trials of one worker in one process, no start-up",
     )
-    trials_per_gpu: int = Field(1, ge=1, description="trials of one worker that share a GPU")
+    trials_per_gpu: Annotated[
+        Annotated[int, Field(ge=1)] | Literal["auto"], said("a number of trials, at least 1, or auto")
+    ] = Field(1, description="trials of one worker that share a GPU; auto: as its memory allows, by one that is tried")
 
     @model_validator(mode="after")
     def _runner_fits(self) -> "SearchConfig":
@@ -246,6 +248,11 @@ class SearchConfig(Config):
             except (KeyError, TypeError):
                 raise ValueError(f"{where} is no setting of a training that takes {value!r}") from None
         return self
+
+    @property
+    def per_gpu(self) -> int:
+        """Trials that share a GPU; one where that is to be measured yet."""
+        return 1 if self.trials_per_gpu == "auto" else self.trials_per_gpu
 
     def training(self, settings: Mapping[str, Any]) -> TrainConfig:
         """The base training with settings such as {batch_size: 32, model.channels: […]}; a group is laid over its own.

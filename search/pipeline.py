@@ -50,7 +50,7 @@ def dry_run(
     """What a run would do and cost, measured in a few steps where a trial would run. Writes nothing into `run`."""
     with connect.connected(address):
         cluster = capacity.read()
-        judge, scorer, placement = _prepare(config, splits, cluster, console)
+        config, judge, scorer, placement = _prepare(config, splits, cluster, console)
         with console.status("timing a few steps"):
             measured = plan.measure_on_cluster(config, scorer, cluster.use_gpu)
     images, train = len(splits.train), config.train
@@ -72,16 +72,27 @@ def dry_run(
 
 def _prepare(
     config: SearchConfig, splits: Splits, cluster: capacity.Capacity, console: Console
-) -> tuple[Reference | None, RungScorer, Placement]:
-    """What judges the images, what scores a rung (and by what trials are stopped), and how trials are placed."""
+) -> tuple[SearchConfig, Reference | None, RungScorer, Placement]:
+    """What judges the images, what scores a rung (and by what trials are stopped), and how trials are placed.
+
+    The configuration comes back with a number for trials_per_gpu: auto.
+    """
     try:
-        placement = cluster.place(config.train.workers, config.trials_per_gpu)
+        placement = cluster.place(config.train.workers, config.per_gpu)
         judge = judge_of(config, splits, console)
     except ValueError as error:
         raise UserError(str(error)) from error
     metric = choose_metric(config, judge, console)
     settings = config.early_stopping
-    return judge, reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric), placement
+    scorer = reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric)
+    if config.trials_per_gpu == "auto" and cluster.use_gpu and config.train.workers == 1:
+        with console.status("measuring a trial's memory"):
+            one = plan.measure_on_cluster(config, scorer, use_gpu=True)
+        count = capacity.trials_per_gpu(one.gpu_bytes, one.gpu_total_bytes)
+        console.print(f"Trials per GPU: {count} ({disk.size(one.gpu_bytes)} each of {disk.size(one.gpu_total_bytes)})")
+        config = config.model_copy(update={"trials_per_gpu": count})
+        placement = cluster.place(1, count)
+    return config, judge, scorer, placement
 
 
 def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
@@ -99,7 +110,7 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.at('tensorboard').uri)}")
         if not ray.local:
             _check_shared(run)
-        judge, scorer, placement = _prepare(config, splits, capacity.read(), console)
+        config, judge, scorer, placement = _prepare(config, splits, capacity.read(), console)
         left = tuner.trials_left(config, records)
         if left:
             at_once = placement.at_once
@@ -163,7 +174,7 @@ def evaluate(
     result = ranking()
     best = [row["trial"] for row in result["trials"] if row["rank"]][: config.final.confirm.top]
     if best:
-        placement = capacity.read().place(config.train.workers, config.trials_per_gpu)
+        placement = capacity.read().place(config.train.workers, config.per_gpu)
         chosen = [records[trial] for trial in best]
         repeats, failed = confirm.train_again(config, run, records, chosen, scorer, placement, console, interrupt)
         candidates += repeats
@@ -193,7 +204,7 @@ def evaluate_again(config: SearchConfig, run: Storage, splits: Splits, address: 
         if not ray.local:
             _check_shared(run)
         records = Records.load(run)
-        judge, scorer, _ = _prepare(config, splits, capacity.read(), console)
+        config, judge, scorer, _ = _prepare(config, splits, capacity.read(), console)
         if judge is None:
             raise UserError("nothing can judge these images: the data has no labels, so give final.inception_weights")
         evaluate(config, run, records, judge, scorer, console, interrupt)

@@ -37,6 +37,8 @@ class Measured:
     checkpoint_bytes: int
     image_seconds: float  # of the final stage: drawing and judging one image
     image_bytes: int  # what the final stage keeps of one image
+    gpu_bytes: int = 0  # a GPU's memory that one training with its rungs takes, context and all; 0 on CPUs
+    gpu_total_bytes: int = 0
 
 
 def measure(config: SearchConfig, scorer: RungScorer, asked_at: float) -> Measured:
@@ -74,8 +76,9 @@ def measure(config: SearchConfig, scorer: RungScorer, asked_at: float) -> Measur
             judged = scorer.extractor.to(device).extract(drawn)
             kept = (judged.features.nbytes + judged.probabilities.nbytes) // len(drawn)
 
-    block_seconds = _of_steps(block, config.final.sampler.steps, device)
     rung_seconds = _of_steps(rung, scorer.sampler.steps, device)
+    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
+    block_seconds = _of_steps(block, config.final.sampler.steps, device)
     return Measured(
         start_seconds,
         step_seconds,
@@ -83,6 +86,8 @@ def measure(config: SearchConfig, scorer: RungScorer, asked_at: float) -> Measur
         checkpoint_bytes,
         block_seconds / config.final.sampler.block_size,
         kept,
+        total - free,
+        total,
     )
 
 

@@ -178,9 +178,23 @@ class HonestOptunaSearch(Live, OptunaSearch):
         self._copy.add_trial(self._ot_study.tell(ot_trial, self._final(row), state=state))
 
     def _tell_reused(self, row: Row) -> None:
-        """A trial has ended: so have those that equal it."""
-        for waiting in [other for other in self.records if other.same_as == row.trial]:
-            self._tell(waiting.trial, waiting)
+        """A trial has ended: so have those that equal it. Where it failed, the first of them is trained instead."""
+        waiting = [other for other in self.records if other.same_as == row.trial]
+        if row.state == "failed" and waiting and self._has_room():
+            heir, *waiting = waiting
+            self._tell(heir.trial, heir)
+            self._unfinished.append(self.records.update(heir.trial, state="running", reason=None, same_as=None))
+            for other in waiting:
+                reason = str(other.reason).replace(row.trial, heir.trial, 1)
+                self.records.update(other.trial, same_as=heir.trial, reason=reason)
+            return
+        for other in waiting:
+            self._tell(other.trial, other)
+
+    def _has_room(self) -> bool:
+        """Whether a training more may be begun, of those that the configuration allows."""
+        begun = sum(row.state not in UNTRAINED for row in self.records)
+        return self.ended is None and begun < self.config.trials
 
     def _remember(self, row: Row) -> None:
         """Puts a finished row of an earlier run into the study, where the space holds it."""

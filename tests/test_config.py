@@ -70,6 +70,8 @@ def test_a_config_written_out_is_read_back_the_same():
         ("early_stopping.metric=fid", ["early_stopping.metric", "'frechet'", "got 'fid'"]),
         ("train.workers=2", ["runner: reuse", "train.workers is 2", "use runner: train"]),
         ("train.learning_rate=.nan", ["train.learning_rate", "finite", "got nan"]),
+        ("trials_per_gpu=0", ["trials_per_gpu: must be a number of trials, at least 1, or auto, but got 0"]),
+        ("train.speed.bf16=maybe", ["train.speed.bf16: must be auto, true or false, but got 'maybe'"]),
         ("epochs", ["--set", "a.b=value", "'epochs'"]),
         ("=1", ["--set", "a.b=value", "'=1'"]),
         ("train..epochs=1", ["--set", "a.b=value", "'train..epochs=1'"]),

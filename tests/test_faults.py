@@ -23,9 +23,9 @@ from trainer.storage import Storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.timeout(600)]
 EPOCHS, TRIALS = 12, 2
+EPOCHS_OF = {"train": EPOCHS, "reuse": 200}  # an epoch is over sooner where nothing stands between
 # Nothing judges these images, so that a search is its trainings alone; a checkpoint every epoch.
 SETTINGS = (
-    "runner=train",
     f"trials={TRIALS}",
     "train.checkpoint_seconds=0.01",
     "early_stopping.scheduler=none",
@@ -88,12 +88,9 @@ class Search:
                     process.kill()
                     process.wait()
 
-    def begun(self, workers: int) -> "contextmanager[psutil.Popen]":
-        settings = [
-            part
-            for value in (*SETTINGS, f"train.workers={workers}", f"train.epochs={self.epochs_asked}")
-            for part in ("--set", value)
-        ]
+    def begun(self, workers: int, runner: str = "train") -> "contextmanager[psutil.Popen]":
+        asked = (*SETTINGS, f"runner={runner}", f"train.workers={workers}", f"train.epochs={self.epochs_asked}")
+        settings = [part for value in asked for part in ("--set", value)]
         return self.command("run", "digits", "--name", "f", "--storage", str(Path(self.place.root).parent), *settings)
 
     def epochs(self) -> dict[str, list[int]]:
@@ -185,10 +182,21 @@ def test_a_worker_and_then_the_trial_s_own_process_are_killed(cluster, tmp_path,
     search.check("kill -9 a worker, later a trial's actor", capsys)
 
 
-def test_a_node_with_one_of_two_workers_dies_and_then_the_driver(cluster, tmp_path, capsys):
+def test_a_trial_s_process_that_others_are_to_take_over_is_killed_again_and_again(cluster, tmp_path, capsys):
+    search = Search(cluster(1, cpus=2), tmp_path, EPOCHS_OF["reuse"])
+    with search.begun(workers=1, runner="reuse") as driver:
+        for epochs in (3, 40, 80):
+            search.wait_for(epochs, driver)
+            search.kill("ray::ImplicitFunc")
+        assert driver.wait(240) == 0, search.log.read_text()
+    search.check("runner: reuse; kill -9 a trial's process, three times", capsys)
+
+
+@pytest.mark.parametrize(("workers", "runner"), [(2, "train"), (1, "reuse")])
+def test_a_node_with_a_worker_dies_and_then_the_driver(cluster, tmp_path, capsys, workers, runner):
     nodes = cluster(2)
-    search = Search(nodes, tmp_path)
-    with search.begun(workers=2) as driver:
+    search = Search(nodes, tmp_path, EPOCHS_OF[runner])
+    with search.begun(workers, runner) as driver:
         search.wait_for(3, driver)
         nodes.kill(nodes.started[-1])
         search.faults += 1
@@ -199,7 +207,8 @@ def test_a_node_with_one_of_two_workers_dies_and_then_the_driver(cluster, tmp_pa
         driver.wait()
     with search.command("resume", search.place.uri) as driver:
         assert driver.wait(240) == 0, search.log.read_text()
-    search.check("a node with one of two workers; later kill -9 the driver, and resume", capsys)
+    which = "one of two workers" if workers == 2 else "a trial's process (runner: reuse)"
+    search.check(f"a node with {which}; later kill -9 the driver, and resume", capsys)
 
 
 def test_a_node_with_only_a_trial_s_own_process_dies(cluster, tmp_path, capsys):
@@ -218,10 +227,11 @@ def test_a_node_with_only_a_trial_s_own_process_dies(cluster, tmp_path, capsys):
     search.check("a node with only a trial's own process", capsys)
 
 
-def test_the_head_dies_with_the_driver_and_another_cluster_goes_on(cluster, tmp_path, capsys):
+@pytest.mark.parametrize("runner", ["train", "reuse"])
+def test_the_head_dies_with_the_driver_and_another_cluster_goes_on(cluster, tmp_path, capsys, runner):
     first = cluster(1)
-    search = Search(first, tmp_path)
-    with search.begun(workers=1) as driver:
+    search = Search(first, tmp_path, EPOCHS_OF[runner])
+    with search.begun(1, runner) as driver:
         search.wait_for(3, driver)
         first.kill(first.head)
         driver.kill()
@@ -236,19 +246,20 @@ def test_the_head_dies_with_the_driver_and_another_cluster_goes_on(cluster, tmp_
     with search.command("resume", search.place.uri) as driver:
         assert driver.wait(240) == 0, search.log.read_text()
     assert not (tmp_path / "unpickled").exists()
-    search.check("the head and the driver; another cluster and resume", capsys)
+    search.check(f"the head and the driver; another cluster and resume (runner: {runner})", capsys)
 
 
-def test_a_cluster_grows_and_a_worker_and_a_trial_s_own_process_are_killed_at_once(cluster, tmp_path, capsys):
+@pytest.mark.parametrize("runner", ["train", "reuse"])
+def test_a_cluster_grows_and_two_processes_are_killed_at_once(cluster, tmp_path, capsys, runner):
     nodes = cluster(1)
-    search = Search(nodes, tmp_path, epochs=80)
-    with search.begun(workers=1) as driver:
+    search = Search(nodes, tmp_path, epochs=80 if runner == "train" else 400)
+    with search.begun(1, runner) as driver:
         search.wait_for(2, driver)
         assert [row.state for row in Records.load(search.place)] == ["running"], "there is room for one"
         nodes.add(1)
         search.wait_until(lambda: len(search.epochs()) == 2, driver)
         assert [row.state for row in Records.load(search.place)] == ["running"] * 2, "the new node was not used"
-        search.kill("ray::RayTrainWorker")
-        search.kill("ray::ImplicitFunc")
+        for name in ("ray::RayTrainWorker", "ray::ImplicitFunc") if runner == "train" else 2 * ("ray::ImplicitFunc",):
+            search.kill(name)
         assert driver.wait(240) == 0, search.log.read_text()
-    search.check("a node joins; a worker and a trial's actor at once", capsys)
+    search.check(f"a node joins; two processes of trials at once (runner: {runner})", capsys)

@@ -1,6 +1,7 @@
 """Ray Train around the loop, through what can happen to its workers: real processes, stopped and killed."""
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -183,3 +184,35 @@ def scenario_of_a_lost_node(_: int, folder: str, temporary: str) -> None:
 def test_a_training_whose_node_is_lost_goes_on_with_fewer_workers_and_the_same_curve(tmp_path, tmp_path_factory):
     mp.spawn(scenario_of_a_lost_node, (str(tmp_path), str(tmp_path_factory.mktemp("r"))), nprocs=1)
     assert final_loss(Storage(tmp_path / "run")) > 0
+
+
+class Squeeze:
+    """A scorer that leaves its process too little memory for the next step, and notes its life."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self, denoiser: Any, config: TrainConfig, device: torch.device) -> dict[str, Any]:
+        with (self.folder / "scored").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + 60 * 2**20, resource.RLIM_INFINITY))
+        return {"frechet": 1.0, "objective": 1.0}
+
+
+def scenario_of_too_little_memory(_: int, folder: str, temporary: str) -> None:
+    tmp_path = Path(folder)
+    run = Storage(tmp_path / "run")
+    with cluster_of_two(temporary):
+        big = {"data": DataConfig(image_size=32), "batch_size": 1024, "checkpoint_seconds": None}
+        config = CONFIG.model_copy(update=big).model_dump(mode="json")
+        metrics = ray.get(train_in_a_task.remote(config, run.uri, Squeeze(tmp_path)), timeout=200)
+    assert metrics["failure"].startswith("memory is too small for 512 images at once (train.batch_size=1024, ")
+    assert "set train.micro_batch to 256 (" in metrics["failure"]
+    assert len((tmp_path / "scored").read_text().split()) == 1, "it was tried again"
+    assert not run.exists("train/trial/gave_up.json")
+
+
+@pytest.mark.faults
+def test_too_little_memory_for_one_of_two_workers_is_the_reason_and_is_not_tried_again(tmp_path, tmp_path_factory):
+    mp.spawn(scenario_of_too_little_memory, (str(tmp_path), str(tmp_path_factory.mktemp("r"))), nprocs=1)

@@ -445,6 +445,37 @@ def test_what_equals_a_running_trial_waits_for_its_end_and_is_told_that(records,
     assert len(told(search)) == 3
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_where_a_trial_fails_the_first_that_equals_it_is_trained_and_speaks_for_the_rest(records, resumed):
+    search = make(records, [INSIDE, near(start=0.203), near(start=0.202), OUTSIDE])
+    suggest(search, "id0")
+    suggest(search, "id1")
+    finish(search, "id0", "failed")
+    first, heir, other, _ = records
+    assert (first.state, heir.state, heir.same_as) == ("failed", "running", None)
+    assert (other.state, other.same_as) == ("reused", heir.trial)
+    assert str(other.reason).startswith(f"the same as {heir.trial}:")
+    if resumed:
+        search = make(Records.load(records.run), search.config.known_points)
+        assert suggest(search, "id2") == heir.trial
+        assert suggest(search, "id1") == list(search.records)[3].trial
+    else:
+        assert suggest(search, "id2") == heir.trial
+    assert len(search.records) == 4
+    finish(search, "id2", "completed", 4.0)
+    ended = [(one.state, one.value) for one in told(search) if one.state.is_finished()]
+    assert ended.count((TrialState.COMPLETE, 4.0)) == 2  # the heir's, and that of the one that equals it
+    assert (TrialState.FAIL, None) in ended
+
+
+def test_where_no_training_is_left_what_equals_a_failed_trial_stays_as_it_is(records):
+    search = make(records, [INSIDE, near(start=0.203)], trials=1)
+    suggest(search, "id0")
+    suggest(search, "id1")
+    finish(search, "id0", "failed")
+    assert [row.state for row in records][:2] == ["failed", "reused"]
+
+
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_rebuilt_study_knows_what_was_reused(records, ended):
     search = make(records, [INSIDE, near(start=0.203)])

@@ -1,9 +1,18 @@
 """What one training is: every setting of it, checked where it is built."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from trainer import schedules
 
@@ -125,7 +134,19 @@ class ModelConfig(Config):
             )
 
 
-Switch = Literal["auto"] | bool
+def said(what: str) -> WrapValidator:
+    """Of a field of several types: one message in place of one a type."""
+
+    def check(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"must be {what}, but got {value!r}") from None
+
+    return WrapValidator(check)
+
+
+Switch = Annotated[Literal["auto"] | bool, said("auto, true or false")]
 
 
 class SpeedConfig(Config):

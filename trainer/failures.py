@@ -26,6 +26,10 @@ class WorkerFailedError(TrainingFailedError):
     """This worker cannot go on; others may not know of it."""
 
 
+class TooLittleMemoryError(WorkerFailedError):
+    """This worker would meet it again."""
+
+
 def failure_reason(error: Exception) -> str:
     """An error as the trials table says it."""
     return str(error) if isinstance(error, TrainingFailedError) else f"{type(error).__name__}: {error}"
@@ -40,7 +44,7 @@ def explained(config: TrainConfig, worker: Worker) -> Iterator[None]:
         text = str(error)
         no_memory = ("can't allocate memory", "could not create a primitive")  # PyTorch's and oneDNN's, on CPUs
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in text for said in no_memory):
-            raise WorkerFailedError(_out_of_memory(config, worker)) from error
+            raise TooLittleMemoryError(_out_of_memory(config, worker)) from error
         if worker.world_size > 1 and ("Timed out" in text or "closed by peer" in text or "reset by peer" in text):
             raise WorkerFailedError(
                 f"another worker did not answer: it died, or it hung for longer than train.hang_seconds="

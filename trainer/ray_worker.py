@@ -17,11 +17,12 @@ from ray.train.v2.api.callback import UserCallback
 from trainer import checkpoint, data, loop
 from trainer.config import TrainConfig
 from trainer.event_log import EventLog
-from trainer.failures import TrainingFailedError, WorkerFailedError, failure_reason
+from trainer.failures import TooLittleMemoryError, TrainingFailedError, WorkerFailedError, failure_reason
 from trainer.storage import Storage
 from trainer.upload import Uploader, checkpoint_name
 
 MAX_WORKER_FAILURES = 3
+GAVE_UP = "gave_up.json"  # beside the checkpoints: {reason}, of a worker whose next life would fail as this one
 # Ray 2.60 looks at which nodes there are every 20 s. A group that it starts before it knows of a loss finds no place
 # for all its workers, gives up after this long, and is started again with as many as there is place for.
 ELASTIC_START_SECONDS = 30
@@ -89,8 +90,14 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
 
     checkpoints = run.at("train", setup["name"])
     found = checkpoint.latest(checkpoints) if worker.rank == 0 else None
+    gave_up = checkpoints.read_json(GAVE_UP)["reason"] if worker.rank == 0 and checkpoints.exists(GAVE_UP) else None
     # The same for all: a worker that is cut off from the others may be storing one while these look.
-    newest = ray.train.collective.broadcast_from_rank_zero(found[1].meta["step"] if found else None)
+    newest, gave_up = ray.train.collective.broadcast_from_rank_zero((found[1].meta["step"] if found else None, gave_up))
+    if gave_up is not None:
+        if worker.rank == 0:
+            checkpoints.delete(GAVE_UP)  # a search that is resumed with other settings may try again
+        ray.train.report({"failure": gave_up, "rung": True})
+        return
     if newest is not None and found is None:
         folder = checkpoints.at(checkpoint_name(newest))
         found = folder, checkpoint.load(folder)
@@ -142,6 +149,8 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
         # the others and starts all of them again, up to three times (a hung worker, a storage that is gone).
         everywhere = isinstance(error, TrainingFailedError) and not isinstance(error, WorkerFailedError)
         if not everywhere and (worker.world_size > 1 or isinstance(error, OSError)):
+            if isinstance(error, TooLittleMemoryError):
+                checkpoints.write_json(GAVE_UP, {"reason": failure_reason(error)})
             raise
         traceback.print_exc()
         ray.train.report({"failure": failure_reason(error), "rung": True})
