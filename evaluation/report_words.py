@@ -9,7 +9,10 @@ from trainer.config import ScheduleConfig
 
 NOT_KNOWN = "–"
 METRICS = {"frechet": "Fréchet distance", "score": "score", "grid_loss": "grid loss"}
-STATES = {"stopped": "stopped early", "screened": "screened out", "reused": "reused", "running": "unfinished"}
+STATES = {
+    "stopped": "stopped early", "screened": "screened out", "reused": "reused", "running": "unfinished",
+    "waiting": "not begun",
+}  # fmt: skip
 SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "dpm++": "DPM-Solver++"}
 
 

@@ -61,7 +61,7 @@ def plan(config: SearchConfig, run: Storage, chosen: Sequence[Row]) -> tuple[Rec
             name = f"{row.trial}-seed{seed}"
             parents[name] = row.trial
             if name not in known:
-                records.add(Row(trial=name, source="suggested", seed=seed, **row.params()))
+                records.add(Row(trial=name, source="suggested", seed=seed, state="waiting", **row.params()))
     to_the_end = config.early_stopping.model_copy(update={"scheduler": "none"})
     changed = {"trials": len(records), "known_points": (), "early_stopping": to_the_end}
     return records, parents, config.model_copy(update=changed)

@@ -19,7 +19,8 @@ from trainer.storage import Storage
 
 CONFIG, RANKING, CONFIRM = "config.yaml", "ranking.json", "confirm"
 FILE = "trials.parquet"
-State = Literal["running", "completed", "stopped", "screened", "reused", "failed"]
+State = Literal["waiting", "running", "completed", "stopped", "screened", "reused", "failed"]
+OPEN = ("waiting", "running")  # still to be trained: not begun, and begun
 ENDED = ("completed", "stopped", "failed")  # of those that were trained
 RUNG_METRICS = ("frechet", "score", "grid_loss")
 SMALL = 200  # rows; a larger table takes longer to write, and is not written at every change

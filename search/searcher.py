@@ -15,7 +15,7 @@ from ray.tune.search.optuna import OptunaSearch
 from search import samplers, space
 from search.budget import Budget
 from search.config import SearchConfig, UserError
-from search.records import Live, Records, Row
+from search.records import OPEN, Live, Records, Row
 from search.study import ShortMemory
 from trainer import schedules
 
@@ -63,9 +63,9 @@ class HonestOptunaSearch(Live, OptunaSearch):
         known_rows = [row for row in records if row.source == "known"]
         self._known = list(config.known_points[len(known_rows) :])
         for row in records:
-            if row.state == "running":
+            if row.state in OPEN:
                 self._unfinished.append(row)
-            elif self._outcome(row).state != "running":
+            elif self._outcome(row).state not in OPEN:
                 self._remember(row)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
@@ -88,7 +88,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
             self.records.add(row)
             if row.state == "running":
                 return self._start(trial_id, row)
-            if self._outcome(row).state != "running":
+            if self._outcome(row).state not in OPEN:
                 self._tell(trial_id, row)
             elif trial_id in self._ot_trials:
                 self._ot_trials[row.trial] = self._ot_trials.pop(trial_id)  # told with the trial that it equals
@@ -134,6 +134,8 @@ class HonestOptunaSearch(Live, OptunaSearch):
 
     def _start(self, trial_id: str, row: Row) -> dict[str, Any]:
         self._keys[trial_id] = row.trial
+        if row.state == "waiting":
+            row = self.records.update(row.trial, state="running")
         training = space.train_config(self.config, dataclasses.asdict(row))
         return {"trial": row.trial, "train": training.model_dump(mode="json")}
 
@@ -183,7 +185,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
         if row.state == "failed" and waiting and self._has_room():
             heir, *waiting = waiting
             self._tell(heir.trial, heir)
-            self._unfinished.append(self.records.update(heir.trial, state="running", reason=None, same_as=None))
+            self._unfinished.append(self.records.update(heir.trial, state="waiting", reason=None, same_as=None))
             for other in waiting:
                 reason = str(other.reason).replace(row.trial, heir.trial, 1)
                 self.records.update(other.trial, same_as=heir.trial, reason=reason)
@@ -249,7 +251,7 @@ def twin(config: SearchConfig, row: Row, records: Records) -> tuple[str, float] 
     near = [
         (schedules.largest_difference(curve, _alpha_bar(config, other)), other.trial)
         for other in records
-        if other.state in ("running", "completed", "stopped")
+        if other.state in (*OPEN, "completed", "stopped")
         and (other.seed, other.settings) == (row.seed, row.settings)
         and abs(math.log(other.learning_rate / row.learning_rate)) <= limits.log_learning_rate
         and abs(other.dropout - row.dropout) <= limits.dropout

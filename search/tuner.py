@@ -103,6 +103,7 @@ def _tune(
         run_trial = trial.in_ray_train(run, scorer, rungs, placement.worker)
         # Ray Train reserves the workers; the trial's own process waits, and must fit beside them on any node.
         resources = {"memory": 1}
+    run_trial.__name__ = f"{config.name} trial"  # by which the Ray dashboard lists its processes
     tuner = tune.Tuner(
         tune.with_resources(run_trial, resources),
         tune_config=tune.TuneConfig(

@@ -13,14 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from search.records import Records, Row
+from search.records import ENDED, OPEN, Records, Row
 from trainer.config import ScheduleConfig
 
 SHOWN = 16  # rows of the live table
 WRAPPED_WIDTH = 24  # characters that a column of several lines needs at least
 STATE_STYLE = {
-    "running": "cyan", "completed": "green", "stopped": "yellow", "reused": "blue", "screened": "magenta",
-    "failed": "red",
+    "waiting": "dim", "running": "cyan", "completed": "green", "stopped": "yellow", "reused": "blue",
+    "screened": "magenta", "failed": "red",
 }  # fmt: skip
 METRIC_TITLES = {"frechet": "Fréchet", "score": "score", "grid_loss": "grid loss"}
 
@@ -145,7 +145,7 @@ class SearchView:
         states: list[str] = [row.state for row in self.records]
         counts = ", ".join(f"{states.count(s)} {s}" for s in STATE_STYLE if states.count(s))
         elapsed = time.monotonic() - self.began
-        ended = sum(state not in ("running", "screened", "reused") for state in states)
+        ended = sum(state in ENDED for state in states)
         rate = (sum(row.epoch for row in self.records) - self.epochs_before) / elapsed
         eta = f", about {_clock(self._epochs_left() / rate)} to go" if rate > 0 and ended < self.trials else ""
         return f"{ended} of {self.trials} trials done ({counts}), {_clock(elapsed)} gone{eta}"
@@ -154,10 +154,10 @@ class SearchView:
         """Epochs to be expected of the trials that have not ended: as many as of those that have, on average."""
         ended = [row.epoch for row in self.records if row.state in ("completed", "stopped")]
         length = (self.epochs + sum(ended)) / (1 + len(ended))  # the first is expected to be trained in full
-        running = [row.epoch for row in self.records if row.state == "running"]
-        gone = sum(row.state in ("completed", "stopped", "failed") for row in self.records)
-        unstarted = max(0, self.trials - gone - len(running))
-        return unstarted * length + sum(max(length - epoch, 0.0) for epoch in running)
+        left = [row.epoch for row in self.records if row.state in OPEN]
+        gone = sum(row.state in ENDED for row in self.records)
+        unstarted = max(0, self.trials - gone - len(left))
+        return unstarted * length + sum(max(length - epoch, 0.0) for epoch in left)
 
     def __rich__(self) -> Group:
         table = trials_table(self.records, self.metric, self.epochs, SHOWN)
@@ -168,7 +168,7 @@ class SearchView:
         if self.live is not None:
             return  # it looks by itself, a few times a second
         for row in self.records:
-            if row.state != self.said.get(row.trial) and row.state != "running":
+            if row.state != self.said.get(row.trial) and row.state not in OPEN:
                 self.console.print(
                     f"{row.trial}  {schedule_label(row)}  {row.state}" + (f": {row.reason}" if row.reason else "")
                 )

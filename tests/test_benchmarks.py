@@ -1,11 +1,12 @@
 """The benchmarks' own arithmetic: the simulated clock, the nearest curve, and the page that is made of the results."""
 
+import json
 import time
 
 import pytest
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from benchmarks import curves, replay, tables
+from benchmarks import curves, replay, study, tables
 
 
 class Endless:
@@ -96,3 +97,11 @@ def test_near_is_by_what_a_schedule_does_and_not_by_its_name(recorded):
 
 def test_the_page_is_made_of_the_results():
     assert tables.PAGE.read_text() == tables.page(), "python -m benchmarks.tables"
+
+
+def test_the_study_s_table_is_made_of_its_results():
+    document, results = study.DOCUMENT.read_text(), sorted(study.RESULTS.glob("study_*.json"))
+    assert results
+    for path in results:
+        table = study.table(json.loads(path.read_text()))
+        assert study.filled(document, path.stem, table) == document, f"python -m benchmarks.study of {path.name}"

@@ -24,7 +24,9 @@ def test_each_new_seed_is_a_training_of_the_same_configuration(records, row):
     assert len(records) == 1  # the search's own table and budget stay
     assert tuner.trials_left(settings, again) == 3
     searcher = HonestOptunaSearch(settings, "frechet", again, None)
-    started = [searcher.suggest(f"tune{i}") for i in range(3)]
+    started = [searcher.suggest("tune0")]
+    assert [row.state for row in again] == ["running", "waiting", "waiting"]
+    started += [searcher.suggest(f"tune{i}") for i in (1, 2)]
     assert [trial["trial"] for trial in started] == list(parents)
     assert [trial["train"]["seed"] for trial in started] == [8, 9, 10]
     assert {trial["train"]["learning_rate"] for trial in started} == {3e-4}

@@ -4,10 +4,12 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -65,10 +67,14 @@ def settings(*values: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def started(environment: dict[str, str], *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A command that runs meanwhile, and is killed where a test fails before its end."""
-    process = subprocess.Popen((*COMMAND, *arguments), env=environment, text=True, stderr=subprocess.PIPE)
-    with process:
+def started(environment: dict[str, str], *arguments: str, out: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs meanwhile, and is killed where a test fails before its end; `out` has what it prints."""
+    with (
+        Path(out or os.devnull).open("w") as file,
+        subprocess.Popen(
+            (*COMMAND, *arguments), env=environment, text=True, stdout=file, stderr=subprocess.PIPE
+        ) as process,
+    ):
         try:
             yield process
         finally:
@@ -81,6 +87,18 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seco
         assert process.poll() is None, f"the command ended with {process.returncode} before its time"
         assert time.monotonic() < end, f"nothing happened within {seconds} s"
         time.sleep(0.2)
+
+
+def actors_in_the_dashboard(environment: dict[str, str], printed: str) -> set[str]:
+    """The names that it lists living actors by."""
+    dashboard = re.search(r"Ray dashboard: +(\S+)", printed).group(1)
+    token = Path(environment["HOME"], ".ray", "auth_token").read_text()
+    request = urllib.request.Request(
+        f"{dashboard}/api/v0/actors?detail=true", headers={"Authorization": f"Bearer {token}"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        found = json.loads(answer.read())["data"]["result"]["result"]
+    return {actor["repr_name"] for actor in found if actor["state"] == "ALIVE"}
 
 
 def epochs_done(place: Storage) -> int:
@@ -206,11 +224,12 @@ def test_the_best_are_confirmed_from_new_seeds_and_a_cut_confirmation_goes_on(en
 def test_interrupting_keeps_what_is_done_and_says_how_to_go_on(environment, tmp_path, number):
     place = Storage(tmp_path / "stop")
     arguments = ("run", "digits", "--name", "stop", "--storage", str(tmp_path), *settings(*SMALL, "train.epochs=500"))
-    with started(environment, *arguments) as process:
+    with started(environment, *arguments, out=tmp_path / "out") as process:
         wait_for(
             lambda: place.exists("trials.parquet") and any(row.state == "running" for row in Records.load(place)),
             process,
         )
+        assert "stop trial" in actors_in_the_dashboard(environment, (tmp_path / "out").read_text())
         second = run(environment, "resume", str(tmp_path / "stop"))
         assert second.returncode == 2
         assert f"is being worked on by process {process.pid}" in second.stderr

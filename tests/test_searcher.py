@@ -452,7 +452,7 @@ def test_where_a_trial_fails_the_first_that_equals_it_is_trained_and_speaks_for_
     suggest(search, "id1")
     finish(search, "id0", "failed")
     first, heir, other, _ = records
-    assert (first.state, heir.state, heir.same_as) == ("failed", "running", None)
+    assert (first.state, heir.state, heir.same_as) == ("failed", "waiting", None)
     assert (other.state, other.same_as) == ("reused", heir.trial)
     assert str(other.reason).startswith(f"the same as {heir.trial}:")
     if resumed:
@@ -461,6 +461,7 @@ def test_where_a_trial_fails_the_first_that_equals_it_is_trained_and_speaks_for_
         assert suggest(search, "id1") == list(search.records)[3].trial
     else:
         assert suggest(search, "id2") == heir.trial
+    assert search.records[heir.trial].state == "running"
     assert len(search.records) == 4
     finish(search, "id2", "completed", 4.0)
     ended = [(one.state, one.value) for one in told(search) if one.state.is_finished()]
