@@ -1,14 +1,16 @@
 """The original study's table, from a finished run of one of its configurations.
 
     ddpm-search run study-digits
-    python -m benchmarks.study runs/study-digits
+    python -m benchmarks.study runs/study-digits [runs/a-search-at-equal-cost]
 
-Writes docs/results/study_digits.json, the table of docs/study.md from it, and its pictures in docs/images.
+Writes docs/results/study_digits.json, the table of docs/study.md from it, and its pictures in docs/images. The second
+run is a search with the same data, final stage and seed, whose best configuration is compared with the study's.
 """
 
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def figures(run: Storage) -> dict[str, Any]:
     for row in ranking["trials"]:
         rows.append(
             {name: row.get(name) for name in names}
-            | {"label": label(row), "reported": REPORTED.get(label(row))}
+            | {"label": label(row), "reported": REPORTED.get(label(row)), "plain": not row["settings"]}
             | {"worker_seconds": round(sum(seconds[seed["trial"]] for seed in row["by_seed"]), 1)}
         )
     shared = ("score_name", "held_out_accuracy", "images", "split_size", "sampler", "real", "noise")
@@ -68,8 +70,60 @@ def figures(run: Storage) -> dict[str, Any]:
         "seeds": config.final.confirm.seeds,
         **{name: ranking[name] for name in shared},
         "worker_hours": round(sum(seconds.values()) / 3600, 3),
+        "five_rows_worker_hours": round(sum(row["worker_seconds"] for row in rows if row["plain"]) / 3600, 3),
         "rows": rows,
     }
+
+
+def searched(run: Storage, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The best configuration of a search that was confirmed, beside the best of the study's rows."""
+    config, _, records = open_run(run.uri)
+    ranking = run.read_json("ranking.json")
+    found = [row for row in ranking["trials"] if row["confirmed"]]
+    if not found:
+        raise SystemExit(f"{run.uri} has confirmed nothing; give final.confirm.top")
+    names = ("trial", "family", "start", "end", "tau", "learning_rate", "dropout", "score", "frechet", "by_seed")
+    best = {name: found[0][name] for name in names} | {"label": label(found[0])}
+    # The spread between seeds of a search's best and of a study's row are independent: variances add.
+    differences = {}
+    for name, value, sign in (("score", "mean", 1), ("frechet", "value", -1)):
+        rival = max((row for row in rows if row["plain"] and row["confirmed"]), key=lambda row: sign * row[name][value])
+        by = best[name][value] - rival[name][value]
+        half = np.hypot(np.diff(best[name]["ci"])[0], np.diff(rival[name]["ci"])[0]) / 2
+        differences[name] = {"rival": rival["label"], "by": by, "ci": [by - half, by + half]}
+    return {
+        "overrides": {"trials": config.trials, "budget": config.budget.model_dump()},
+        "states": dict(Counter(row.state for row in records)),
+        "worker_hours": round(sum(row.worker_seconds for row in confirm.all_rows(run, records)) / 3600, 3),
+        "best": best,
+        "differences": differences,
+    }
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """What the search found, in a paragraph."""
+    found, own = result["search"], result["search"]["best"]
+    tried = ", ".join(f"{count} {state}" for state, count in found["states"].items())
+    told = []
+    for name, what, digits in (("score", result["score_name"], 3), ("frechet", "Fréchet distance", 2)):
+        one = found["differences"][name]
+        low, high = one["ci"]
+        differs = "better" if (one["by"] > 0) == (name == "score") else "worse"
+        judged = "not told apart" if low <= 0 <= high else differs
+        told.append(f"{what} {one['by']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}) beside {one['rival']}, "
+                    f"{judged}")  # fmt: skip
+    score, frechet = own["score"], own["frechet"]
+    return (
+        f"{tried}; {found['worker_hours']:.2f} worker-hours in all, the five schedules took "
+        f"{result['five_rows_worker_hours']:.2f}. Its best, from {result['seeds']} new seeds: {own['label']} at "
+        f"learning rate {own['learning_rate']:.2g} and dropout {own['dropout']:.2f}, {result['score_name']} "
+        f"{interval(score['mean'], score['ci'], 3)}, Fréchet distance {interval(frechet['value'], frechet['ci'], 2)}. "
+        f"Against the best of the five by each: {'; '.join(told)}."
+    )
+
+
+def interval(value: float, ci: list[float], digits: int) -> str:
+    return f"{value:.{digits}f} ({ci[0]:.{digits}f}–{ci[1]:.{digits}f})"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -80,9 +134,6 @@ def table(result: dict[str, Any]) -> str:
         "the report's IS, CIFAR-10 |",
         "|---|---|---|---|---|---|---|",
     ]
-
-    def interval(value: float, ci: list[float], digits: int) -> str:
-        return f"{value:.{digits}f} ({ci[0]:.{digits}f}–{ci[1]:.{digits}f})"
 
     for row in result["rows"]:
         reported = "–" if row["reported"] is None else f"{row['reported']}"
@@ -145,15 +196,22 @@ def draw(run: Storage) -> None:
     pictures.save_grid_png(IMAGES / f"{config.name}-samples.png", np.concatenate(grids), columns=24)
 
 
-def main(path: str) -> None:
+def page(document: str, name: str, result: dict[str, Any]) -> str:
+    """docs/study.md with the table of a result, and what a search found beside it."""
+    document = filled(document, name, table(result))
+    return filled(document, f"{name}_search", verdict(result)) if "search" in result else document
+
+
+def main(path: str, search: str | None = None) -> None:
     run = Storage(path)
     result = figures(run)
     name = result["config"].replace("-", "_")
+    if search:
+        result["search"] = searched(Storage(search), result["rows"])
     write(name, result)
-    stored = json.loads((RESULTS / f"{name}.json").read_text())
-    DOCUMENT.write_text(filled(DOCUMENT.read_text(), name, table(stored)))
+    DOCUMENT.write_text(page(DOCUMENT.read_text(), name, json.loads((RESULTS / f"{name}.json").read_text())))
     draw(run)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -103,5 +103,5 @@ def test_the_study_s_table_is_made_of_its_results():
     document, results = study.DOCUMENT.read_text(), sorted(study.RESULTS.glob("study_*.json"))
     assert results
     for path in results:
-        table = study.table(json.loads(path.read_text()))
-        assert study.filled(document, path.stem, table) == document, f"python -m benchmarks.study of {path.name}"
+        result = json.loads(path.read_text())
+        assert study.page(document, path.stem, result) == document, f"python -m benchmarks.study of {path.name}"
