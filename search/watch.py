@@ -250,17 +250,22 @@ def _diversity(row: dict[str, Any], kid: float | None) -> tuple[str, str]:
 def ranking_notes(ranking: dict[str, Any]) -> str:
     """What the numbers of a ranking depend on, in a line or two."""
     sampler = ", ".join(f"{name} {value}" for name, value in ranking["sampler"].items())
-    confirmed = [row["trial"] for row in ranking["trials"] if row["confirmed"]]
     dropped = f", {ranking['dropped']} images dropped" if ranking.get("dropped") else ""
     return (
         f"{ranking['score_name']} of {ranking['images']:,} images in splits of {ranking['split_size']:,}{dropped}; "
         f"extractor {ranking['extractor']}; {ranking.get('weights', 'ema')} weights; sampler {sampler}.\n"
-        + (
-            f"Intervals of {', '.join(confirmed)} speak of the configuration, others of the checkpoint."
-            if confirmed
-            else "Intervals speak of each trained checkpoint, not of its configuration (final.confirm)."
-        )
+        + _what_intervals_say(ranking)
     )
+
+
+def _what_intervals_say(ranking: dict[str, Any]) -> str:
+    scored = [row for row in ranking["trials"] if row["score"] is not None]
+    confirmed = [row["trial"] for row in scored if row["confirmed"]]
+    if not confirmed:
+        return "Intervals speak of each trained checkpoint, not of its configuration (final.confirm)."
+    if len(confirmed) == len(scored):
+        return "Intervals speak of the configurations: each was trained again from new seeds."
+    return f"Intervals of {', '.join(confirmed)} speak of the configuration, others of the checkpoint."
 
 
 def _clock(seconds: float) -> str:

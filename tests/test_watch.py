@@ -213,3 +213,18 @@ def test_a_reason_that_looks_like_markup_is_shown_as_it_is(tmp_path, row):
     records.update("t0000-linear", state="failed", reason=reason)
     view.changed()
     assert reason in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("confirmed", "said"),
+    [
+        (0, "Intervals speak of each trained checkpoint"),
+        (1, "Intervals of t0001-polynomial speak of the configuration, others of the checkpoint."),
+        (2, "Intervals speak of the configurations: each was trained again"),
+    ],
+)
+def test_the_notes_say_of_what_the_intervals_speak(ranking, confirmed, said):
+    for row in ranking["trials"][:confirmed]:
+        row["confirmed"] = True
+    ranking |= {"split_size": 1000, "extractor": "inception", "sampler": {"name": "ddpm"}}
+    assert said in watch.ranking_notes(ranking)
