@@ -1,6 +1,7 @@
 """What a person sees: order, counts, and tables of which nothing is cut."""
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -98,11 +99,12 @@ def test_the_summary_counts_states_and_tells_the_time_to_go(tmp_path, rows):
     records = table_of(tmp_path, rows)
     view = watch.SearchView(plain(), records, "frechet", 100, trials=10)
     start = "5 of 10 trials done (2 running, 3 completed, 1 stopped, 1 screened, 1 failed), "
-    view.began -= 3700
+    view.began = time.monotonic() - 3700
     assert view.summary() == start + "1 h 01 min gone"  # nothing trained in this sitting: no rate to tell from
     # 33 epochs in 3,700 s. To come: 82.2 epochs a trial (the mean of 100, 100, 100, 11 and one in full) for the one
     # that has not reported and three not begun, 16.2 of the one at epoch 66: 345 epochs.
     records.update("t0002-sigmoid", epoch=66)
+    view.began = time.monotonic() - 3700
     assert view.summary() == start + "1 h 01 min gone, about 10 h 44 min to go"
     records.update("t0004-cosine", state="stopped")
     for key in ("a", "b", "c", "d"):
