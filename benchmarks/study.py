@@ -22,7 +22,7 @@ from evaluation.events import Events, read
 from evaluation.plots import Curve, Panel
 from evaluation.sampling import sample_images
 from search import confirm, space
-from search.records import CONFIRM, Row, open_run
+from search.records import Row, open_run
 from search.watch import schedule_label
 from trainer import checkpoint
 from trainer.storage import Storage
@@ -184,7 +184,7 @@ def draw(run: Storage) -> None:
     trials: list[tuple[str, Row]] = [(label(row), rows[row["best_seed"]]) for row in ranking["trials"] if row["rank"]]
     schedules = [space.train_config(config, vars(row)).schedule for name, row in trials if "no EMA" not in name]
     pictures.plot_schedules(schedules, IMAGES / f"{config.name}-schedules.png")
-    logs = [(name, read(Path(run.root) / CONFIRM / "tensorboard" / row.trial)) for name, row in trials]
+    logs = [(name, read(next(Path(run.root).glob(f"**/tensorboard/{row.trial}")))) for name, row in trials]
     pictures.plot_panels(panels(logs), IMAGES / f"{config.name}-training.png")
     grids = []
     for name, row in trials:
