@@ -22,7 +22,7 @@ from evaluation import reference, stage
 from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
 from evaluation.stage import Candidate, ShardWorker
-from search.pipeline import preflight
+from search.prepare import preflight
 from search.records import open_run
 from trainer.data_cache import cache_folder
 from trainer.local import default_device

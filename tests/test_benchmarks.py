@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic: the simulated clock, the nearest curve, and the page that is made of the results."""
 
+import importlib
 import json
 import time
 
@@ -105,3 +106,8 @@ def test_the_study_s_table_is_made_of_its_results():
     for path in results:
         result = json.loads(path.read_text())
         assert study.page(document, path.stem, result) == document, f"python -m benchmarks.study of {path.name}"
+
+
+@pytest.mark.parametrize("path", sorted(study.RESULTS.parents[1].glob("benchmarks/*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_can_be_begun(path):
+    importlib.import_module(f"benchmarks.{path.stem}")
