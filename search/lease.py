@@ -3,12 +3,17 @@
 import contextlib
 import json
 import os
+import signal
 import socket
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 from search.config import UserError
 from trainer.storage import Storage
@@ -16,29 +21,32 @@ from trainer.storage import Storage
 FILE = "lease.json"
 BEAT_SECONDS = 10.0
 DEAD_AFTER_SECONDS = 60.0
+CLOCK_SECONDS = 5.0  # a process's start is reckoned by the clock, which may be set meanwhile
 
 
 @contextlib.contextmanager
 def held(run: Storage) -> Iterator[None]:
     """Holds the run for the length of a with block. Raises UserError where another living driver has it.
 
-    A driver on this machine lives while its process does; one elsewhere, while its heartbeat is younger than a minute.
+    A driver on this machine lives while its process does, a stopped one too; one elsewhere, while its heartbeat is
+    younger than a minute. One that finds its run taken over, when it goes on, interrupts itself.
     """
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
+    mine |= {"began": psutil.Process().create_time(), "pids": _pid_namespace()}
     other = _read(run)
     if other and _lives(other):
-        raise UserError(
-            f"{run.uri} is being worked on by process {other['pid']} on {other['host']}; "
-            f"watch it with: ddpm-search status {run.uri}"
-        )
+        raise UserError(f"{_worked_on(run, other)}; watch it with: ddpm-search status {run.uri}")
     over = threading.Event()
 
     def beat() -> None:
-        while True:
+        while not over.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):  # a storage that is away for a while is no reason to end a search
+                found = _read(run)
+                if found and found["token"] != mine["token"]:
+                    print(f"\n{_worked_on(run, found)} by now: this process ends", file=sys.stderr, flush=True)
+                    os.kill(os.getpid(), signal.SIGINT)
+                    return
                 run.write_json(FILE, mine | {"beat": time.time()})
-            if over.wait(BEAT_SECONDS):
-                return
 
     run.write_json(FILE, mine | {"beat": time.time()})
     thread = threading.Thread(target=beat, daemon=True, name="lease")
@@ -52,6 +60,10 @@ def held(run: Storage) -> Iterator[None]:
             run.delete(FILE)
 
 
+def _worked_on(run: Storage, lease: dict[str, Any]) -> str:
+    return f"{run.uri} is being worked on by process {lease['pid']} on {lease['host']}"
+
+
 def _read(run: Storage) -> dict[str, Any] | None:
     try:
         found = run.read_json(FILE)
@@ -61,13 +73,18 @@ def _read(run: Storage) -> dict[str, Any] | None:
 
 
 def _lives(lease: dict[str, Any]) -> bool:
-    if lease["host"] != socket.gethostname():
+    if (lease["host"], lease.get("pids")) != (socket.gethostname(), _pid_namespace()):
         return time.time() - lease["beat"] < DEAD_AFTER_SECONDS
     try:
-        os.kill(lease["pid"], 0)
-    except ProcessLookupError:
+        process = psutil.Process(lease["pid"])
+        # After a restart of the machine the number may be another process's.
+        same = abs(process.create_time() - lease["began"]) < CLOCK_SECONDS
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        return True
-    # After a restart of the machine the number may be another process's, which does not beat.
-    return time.time() - lease["beat"] < DEAD_AFTER_SECONDS
+
+
+def _pid_namespace() -> str:
+    """Where a process's number means anything: containers may share a host name, each with numbers of its own."""
+    namespace = Path("/proc/self/ns/pid")
+    return os.readlink(namespace) if namespace.is_symlink() else ""

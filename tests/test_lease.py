@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -16,24 +17,68 @@ HOLD = """
 import sys, time
 from search import lease
 from trainer.storage import Storage
+lease.BEAT_SECONDS = 0.1
 with lease.held(Storage(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
-def test_a_second_driver_is_refused_and_a_dead_ones_run_is_taken_over(tmp_path):
+@pytest.fixture
+def driver(tmp_path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the run in tmp_path."""
+    command = (sys.executable, "-c", HOLD, str(tmp_path))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def silent_since(run: Storage, seconds: float, **changes: object) -> None:
+    run.write_json(lease.FILE, run.read_json(lease.FILE) | {"beat": time.time() - seconds} | changes)
+
+
+def test_a_second_driver_is_refused_and_a_dead_ones_run_is_taken_over(tmp_path, driver):
     run = Storage(tmp_path)
-    with subprocess.Popen((sys.executable, "-c", HOLD, str(tmp_path)), stdout=subprocess.PIPE, text=True) as driver:
-        assert driver.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"process {driver.pid} .* ddpm-search status"), lease.held(run):
-            pass
-        assert run.read_json(lease.FILE)["pid"] == driver.pid
-        os.kill(driver.pid, signal.SIGKILL)
-        driver.wait()
+    with pytest.raises(UserError, match=f"process {driver.pid} .* ddpm-search status"), lease.held(run):
+        pass
+    assert run.read_json(lease.FILE)["pid"] == driver.pid
+    os.kill(driver.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, driver.pid, os.WEXITED | os.WNOWAIT)  # dead, and nobody has asked yet how it ended
     with lease.held(run):
         assert run.read_json(lease.FILE)["pid"] == os.getpid()
     assert not run.exists(lease.FILE)
+
+
+def test_a_stopped_driver_on_this_machine_keeps_its_run_however_long_its_heart_stood_still(tmp_path, driver):
+    run = Storage(tmp_path)
+    os.kill(driver.pid, signal.SIGSTOP)
+    silent_since(run, 3600)
+    with pytest.raises(UserError, match=f"process {driver.pid} "), lease.held(run):
+        pass
+
+
+@pytest.mark.parametrize("change", [{"began": 1e9}, {"pids": "pid:[1]"}])
+def test_another_process_of_that_number_is_not_the_driver(tmp_path, driver, change):
+    """After a restart of the machine; or in another container, of the same host name."""
+    run = Storage(tmp_path)
+    os.kill(driver.pid, signal.SIGSTOP)
+    silent_since(run, 3600, **change)
+    with lease.held(run):
+        assert run.read_json(lease.FILE)["pid"] == os.getpid()
+
+
+def test_a_driver_that_wakes_up_when_another_has_its_run_ends_and_lets_the_lease_be(tmp_path, driver):
+    run = Storage(tmp_path)
+    os.kill(driver.pid, signal.SIGSTOP)
+    theirs = {"host": "elsewhere", "pid": 7, "token": "t", "beat": time.time()}
+    run.write_json(lease.FILE, theirs)
+    os.kill(driver.pid, signal.SIGCONT)
+    _, said = driver.communicate(timeout=30)
+    assert driver.returncode == -signal.SIGINT
+    assert "is being worked on by process 7 on elsewhere" in said
+    assert run.read_json(lease.FILE) == theirs
 
 
 @pytest.mark.parametrize(("age", "refused"), [(5, True), (600, False)])
