@@ -225,6 +225,38 @@ def test_a_resumed_training_may_change_what_changes_nothing_that_is_learned():
         assert TINY.model_copy(update={name: value}).learned() != TINY.learned(), name
 
 
+PLAIN, AUTO = SpeedConfig(channels_last=False, fused_adam=False), SpeedConfig()
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"speed": PLAIN}, {"speed": AUTO}),
+        ({"speed": AUTO}, {"speed": PLAIN}),
+        ({"speed": AUTO}, {"speed": SpeedConfig(channels_last=False)}),
+        ({"speed": AUTO}, {"speed": SpeedConfig(fused_adam=False)}),
+        ({"micro_batch": 2}, {"micro_batch": 3}),
+        ({}, {"checkpoint_seconds": 0.0, "checkpoint_epochs": 1, "hang_seconds": 5}),
+    ],
+)
+def test_a_training_resumed_with_other_settings_that_change_nothing_learns_the_same(before, after):
+    config = TINY.model_copy(update={"epochs": 8})
+    whole = record(config)
+    steps_done = iter(range(1, 100))
+    taken: dict = {}
+
+    def report(metrics, snapshot):
+        taken["checkpoint"] = snapshot()
+
+    with pytest.raises(loop.InterruptedTrainingError):
+        loop.train(config.model_copy(update=before), toy_images(), CPU, report, stop=lambda: next(steps_done) >= 14)
+    resumed = record(config.model_copy(update=after), resume=taken["checkpoint"])
+    for epoch, metrics in resumed["metrics"].items():
+        assert metrics["train_loss"] == pytest.approx(whole["metrics"][epoch]["train_loss"], rel=1e-4), epoch
+    (group,) = resumed["states"][27]["optimizer"]["param_groups"]
+    assert group["fused"] == (after.get("speed", AUTO).fused_adam == "auto")
+
+
 def test_a_checkpoint_of_the_clock_waits_until_it_can_be_stored():
     config = TINY.model_copy(update={"epochs": 4, "checkpoint_seconds": 0.0})
     answers = iter([False, True, False, False])

@@ -1,5 +1,6 @@
 """What makes a step fast, and that none of it changes what is learned: the compiler is the real one."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import torch
 import torch.multiprocessing as mp
 from test_loop import CPU, TINY, toy_images
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from trainer import model
+from trainer import model, speed
 from trainer.config import SpeedConfig
 from trainer.speed import COMPILE_STEPS, Switches, decide
 from trainer.step import TrainStep
@@ -101,3 +104,51 @@ def test_where_compiling_fails_training_goes_on_as_without_and_one_line_says_why
     assert len(lines) == 1
     assert "torch.compile failed, going on without" in lines[0]
     assert "No working C++ compiler" in lines[0]
+
+
+class Recorder(TorchDispatchMode):
+    """Stands for a GPU's graph: capturing keeps each operation, replaying does them again into the same memory."""
+
+    def __init__(self, *_: Any, **__: Any):
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        self.calls.append((operation, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for operation, args, kwargs, result in self.calls:
+            for kept, again in zip(tree_leaves(result), tree_leaves(operation(*args, **kwargs)), strict=True):
+                if isinstance(kept, torch.Tensor) and kept.data_ptr() != again.data_ptr():
+                    kept.copy_(again)
+
+
+@pytest.fixture
+def _graphs_on_the_cpu(monkeypatch):
+    """torch's own make_graphed_callables; only what needs a GPU beneath it is replaced."""
+    monkeypatch.setattr("torch.cuda.graphs.graph_pool_handle", lambda: None)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    monkeypatch.setattr("torch.cuda.Stream", lambda: None)
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr("torch.cuda.CUDAGraph", Recorder)
+    monkeypatch.setattr("torch.cuda.graph", lambda graph, **_: graph)
+
+
+@pytest.mark.usefixtures("_graphs_on_the_cpu")
+@pytest.mark.parametrize("micro_batch", [None, 4, 2])
+def test_a_graph_changes_only_rounding_also_where_gradients_are_accumulated(micro_batch):
+    config = TINY.model_copy(update={"batch_size": 8, "micro_batch": micro_batch})
+    eager = TrainStep(config, toy_images(), CPU)
+    graphed = TrainStep(config.model_copy(update={"speed": SpeedConfig(cuda_graphs=True)}), toy_images(), CPU)
+    count = micro_batch or 8
+    x_t = graphed._in_format(torch.randn(count, *graphed.shape))
+    graphed._denoise = speed.graphed(
+        graphed._denoise, [(x_t, torch.zeros(count, dtype=torch.int64))], graphed._autocast
+    )
+    assert "graphed" in graphed._denoise.forward.__qualname__
+    for step in range(6):
+        for ours, theirs in zip(graphed(step), eager(step), strict=True):  # loss and gradient norm
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

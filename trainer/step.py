@@ -102,6 +102,10 @@ class TrainStep:
                 loss = self._loss(x_0[part], t[part], noise[part])
                 (loss * worker.world_size).backward()  # DDP averages over ranks what is a sum
             total += loss.detach()
+            if self.switches.cuda_graphs and first == 0 and not last:
+                # A graph's backward gives its own memory as gradients, and writes the next part's there.
+                for parameter in self.network.parameters():
+                    parameter.grad = parameter.grad.clone()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), config.gradient_clip)
         self.optimizer.step()
         for ema in self.emas:
@@ -132,7 +136,13 @@ class TrainStep:
     def load(self, state: dict[str, Any], updates: int) -> None:
         """Goes on from `state` after `updates` steps."""
         self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # Fused or not, and how moments lie in memory: as this configuration has it, and not as the checkpoint's had.
+        # A fused Adam takes moments to lie as their weights do, without a look.
+        groups = [group | {"fused": self.switches.fused_adam} for group in state["optimizer"]["param_groups"]]
+        self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+        for parameter, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = torch.empty_like(parameter).copy_(moments[name])
         for ema in self.emas:
             ema.model.load_state_dict(state["ema"][str(ema.decay)])
             ema.updates = updates
