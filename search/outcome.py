@@ -11,12 +11,10 @@ from typing import Any
 from rich.console import Console
 
 from evaluation import events, export, pictures, report, stage
-from evaluation.config import FinalStageConfig
-from evaluation.reference import Reference
 from evaluation.sampling import sample_images
 from search import budget, confirm, watch
 from search.config import SearchConfig, UserError
-from search.prepare import judge_of, preflight
+from search.prepare import preflight
 from search.records import CONFIG, Records, confirmations, open_run, read_ranking
 from trainer import checkpoint
 from trainer.data import Splits
@@ -26,14 +24,12 @@ REPORT = "report/index.html"
 SAMPLES = 64
 
 
-def finish(
-    config: SearchConfig, run: Storage, records: Records, judge: Reference | None, splits: Splits, console: Console
-) -> None:
+def finish(config: SearchConfig, run: Storage, records: Records, splits: Splits, console: Console) -> None:
     """Report, export and samples of the winner, from what the final stage left."""
     ranked = read_ranking(run)
     if ranked:
         console.print(watch.ranking_table(ranked), watch.ranking_notes(ranked), "", sep="\n")
-    write_report(config, run, records, judge, splits, ranked)
+    write_report(config, run, records, splits, ranked)
     console.print(f"Report:   {run.at(REPORT).uri}")
     winner = _winner(ranked) if ranked else None
     if winner is not None and ranked is not None:
@@ -85,24 +81,16 @@ def export_trial(
 
 
 def write_report(
-    config: SearchConfig,
-    run: Storage,
-    records: Records,
-    judge: Reference | None,
-    splits: Splits,
-    ranked: dict[str, Any] | None,
+    config: SearchConfig, run: Storage, records: Records, splits: Splits, ranked: dict[str, Any] | None
 ) -> None:
     """RUN/report/index.html, from whatever there is."""
     samples = {}
-    if ranked and judge:
-        # As it was ranked, which `evaluate` may have been told to do otherwise than config.yaml.
-        drawn = {name: ranked[name] for name in ("images", "split_size", "sampler", "weights") if name in ranked}
-        final = FinalStageConfig.model_validate(config.final.model_dump() | drawn)
+    if ranked:
         for row in ranked["trials"]:
             if row["rank"] is not None and row.get("checkpoint"):
                 candidate = stage.Candidate(row["best_seed"], row["checkpoint"])
                 with contextlib.suppress(FileNotFoundError):  # deleted since, to save space
-                    samples[row["trial"]] = stage.kept_images(run, candidate, final, judge)
+                    samples[row["trial"]] = stage.kept_images(run, candidate, ranked)
     logged = {}
     for trial in run.names("tensorboard"):
         with tempfile.TemporaryDirectory() as scratch:
@@ -143,9 +131,7 @@ def report_again(path: str, console: Console) -> None:
     """The report of a run, from what is on disk."""
     config, run, records = open_run(path)
     splits = preflight(config, console)
-    ranked = read_ranking(run)
-    judge = judge_of(config, splits, console) if ranked else None
-    write_report(config, run, records, judge, splits, ranked)
+    write_report(config, run, records, splits, read_ranking(run))
     console.print(f"Report:   {run.at(REPORT).uri}")
 
 
