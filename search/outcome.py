@@ -8,9 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from rich.console import Console
 
 from evaluation import events, export, pictures, report, stage
+from evaluation.config import SamplerConfig
 from evaluation.sampling import sample_images
 from search import budget, confirm, watch
 from search.config import SearchConfig, UserError
@@ -47,9 +50,10 @@ def export_trial(
     weights: str | None = None,
     torch_export: bool = False,
 ) -> None:
-    """Exports a trial to `out` (a local folder; None: RUN/export) and draws samples.png: into `out`, or into RUN.
+    """Exports a trial to `out` (a local folder; None: RUN/export), with samples.png: into `out`, or into RUN.
 
-    weights: ema or raw; None takes those that were ranked.
+    weights: ema or raw; None takes those that were ranked. The samples are the images that were ranked; of a trial or
+    weights that were not they are drawn here.
     """
     row = next(row for row in confirm.all_rows(run, records) if row.trial == trial)
     if row.checkpoint is None:
@@ -68,8 +72,9 @@ def export_trial(
         home = Path(run.root) if run.is_local else Path(scratch)
         folder, picture = (out, out / "samples.png") if out else (home / "export", home / "samples.png")
         export.export_pipeline(found, folder, card, provenance, raw, torch_export)
-        denoiser, betas, shape = export.load_export(folder)
-        images = sample_images(denoiser, betas, shape, config.final.sampler, 0, SAMPLES, "cpu")
+        images = _ranked_images(run, ranked, trial, row.checkpoint, "raw" if raw else "ema")
+        if images is None:
+            images = _drawn_here(folder, config.final.sampler, console)
         pictures.save_grid_png(picture, images)
         if out is None and not run.is_local:
             for file in (*folder.rglob("*"), picture):
@@ -78,6 +83,28 @@ def export_trial(
     where = str(out) if out else run.at("export").uri
     console.print(f"Export:   {where}  (trial {trial}; diffusers.DDPMPipeline.from_pretrained loads it)")
     console.print(f"Samples:  {out / 'samples.png' if out else run.at('samples.png').uri}")
+
+
+def _ranked_images(
+    run: Storage, ranked: dict[str, Any] | None, trial: str, path: str, weights: str
+) -> np.ndarray | None:
+    """None where these weights of the checkpoint were not scored, or their images are gone."""
+    if ranked is None or ranked.get("weights", "ema") != weights:
+        return None
+    try:
+        return stage.kept_images(run, stage.Candidate(trial, path), ranked)[:SAMPLES]
+    except FileNotFoundError:
+        return None
+
+
+def _drawn_here(folder: Path, sampler: SamplerConfig, console: Console) -> np.ndarray:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    denoiser, betas, shape = export.load_export(folder)
+    needed = sampler.model_copy(update={"block_size": min(sampler.block_size, SAMPLES)})
+    with watch.progress_bar(console, f"Drawing {SAMPLES} images") as progress:
+        return sample_images(
+            denoiser.to(device), betas, shape, needed, 0, SAMPLES, device, lambda done: progress(done, SAMPLES)
+        )
 
 
 def write_report(

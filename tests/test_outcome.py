@@ -1,13 +1,16 @@
 """What a run leaves, and what it is judged by wherever it is looked at: no Ray."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from rich.console import Console
 
-from evaluation import extractors, stage
+from evaluation import extractors, pictures, sampling, stage
 from evaluation.extractors import Classifier, ClassifierNet
 from evaluation.stage import Candidate, ShardWorker
 from search import outcome, prepare
@@ -82,6 +85,43 @@ def test_a_run_keeps_its_judge_on_a_machine_whose_cache_has_another(finished, tm
     page = run.read(outcome.REPORT).decode()
     assert "<br>score " in page  # the caption of a ranked trial's images
     assert "evaluate</code> draws" not in page
+
+
+def test_finishing_a_scored_run_samples_nothing(finished, monkeypatch):
+    config, run = finished
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("images that are there were drawn again")
+
+    monkeypatch.setattr(outcome, "sample_images", refuse)
+    outcome.finish(config, run, Records.load(run), data.load(config.train.data), QUIET)
+    with Image.open(Path(run.root, "samples.png")) as picture:
+        shown = np.asarray(picture)
+    candidate = Candidate("t0000-cosine", "train/t0000-cosine/checkpoint_000000001")
+    drawn = stage.kept_images(run, candidate, run.read_json(RANKING))
+    assert len(drawn) == 50
+    np.testing.assert_array_equal(shown, pictures.image_grid(drawn)[..., 0])
+
+
+def test_an_export_of_a_trial_that_was_not_scored_is_sampled_in_a_block_no_larger_than_needed(finished, tmp_path):
+    config, run = finished
+    wide = config.final.sampler.model_copy(update={"block_size": 1000})
+    config = config.model_copy(update={"final": config.final.model_copy(update={"sampler": wide})})
+    asked: list[int] = []
+    drawing = sampling.sample_block
+
+    def noted(*args: Any, **kwargs: Any) -> np.ndarray:
+        asked.append(args[3].block_size)
+        return drawing(*args, **kwargs)
+
+    ranked = run.read_json(RANKING)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "sample_block", noted)
+        for trial, weights in (("t0001-cosine", None), ("t0000-cosine", "raw")):
+            out = tmp_path / trial
+            outcome.export_trial(config, run, Records.load(run), ranked, trial, out, QUIET, weights)
+            assert (out / "samples.png").is_file()
+    assert asked == [64, 64]
 
 
 def test_a_run_s_damaged_judge_is_replaced_by_the_machine_s_own(finished, caplog):
