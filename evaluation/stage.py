@@ -28,6 +28,10 @@ from trainer.storage import Storage
 BLOCKS_PER_SHARD = 5
 KEPT_IMAGES = 64  # of each trial, for the report
 MOST_LOST = 3  # workers that Ray could not bring back
+LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.OutOfMemoryError,
+)  # the latter is killed by Ray, and no actor error
 NEIGHBOURS = 3  # of precision and recall, as Kynkäänniemi 2019
 
 
@@ -112,8 +116,8 @@ def draw(
 
     A worker that is lost costs the shards in flight: Ray starts it again, up to three times, then this does, three in
     all. One that has nothing to do gives its place back, for one that is started again may have lost its own.
-    Returns trial → reason, of trials whose images are not finite or whose checkpoint is damaged. Raises ray's
-    ActorDiedError where workers die again and again.
+    Returns trial → reason, of trials whose images are not finite or whose checkpoint is damaged. Raises ray's own
+    error where workers die, or are killed for their memory, again and again.
     """
     reasons: dict[str, str] = {}
     shards: list[Shard] = []
@@ -149,7 +153,8 @@ def draw(
             actor, shard = running.pop(ready[0])
             try:
                 reason = ray.get(ready[0])
-            except ray.exceptions.RayActorError:
+            except LOST:
+                ray.kill(actor)  # Ray may have started it again, in the place that the next one needs
                 lost += 1
                 if lost > MOST_LOST:
                     raise
