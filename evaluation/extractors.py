@@ -7,7 +7,6 @@ Networks compute in float32 without TF32, the last layer and the softmax in floa
 import copy
 import hashlib
 import itertools
-import json
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from evaluation.scores import Array, softmax_float64
+from trainer.storage import Storage
 
 CLASSIFIER_VERSION = 1  # of the architecture and the recipe below: part of a cached classifier's name
 
@@ -120,28 +120,28 @@ class Classifier:
         """The same classifier on another device; this one stays where it is."""
         return replace(self, net=copy.deepcopy(self.net).to(device))
 
-    def save(self, folder: Path) -> None:
-        """Write `weights.safetensors` and `classifier.json` (with the weights' SHA-256) into an existing folder."""
+    def save(self, folder: Storage) -> None:
+        """Write `weights.safetensors` and `classifier.json` (with the weights' SHA-256) into a folder."""
         weights = save_tensors({name: t.detach().cpu().contiguous() for name, t in self.net.state_dict().items()})
-        (folder / "weights.safetensors").write_bytes(weights)
+        folder.write("weights.safetensors", weights)
         meta = {k: v for k, v in vars(self).items() if k != "net"}
         meta |= {"version": CLASSIFIER_VERSION, "sha256": hashlib.sha256(weights).hexdigest()}
-        (folder / "classifier.json").write_text(json.dumps(meta, indent=2) + "\n")
+        folder.write_json("classifier.json", meta)
 
     @classmethod
-    def load(cls, folder: Path) -> "Classifier":
+    def load(cls, folder: Storage) -> "Classifier":
         """Read what `save` wrote, onto the CPU.
 
         Raises ValueError where a file is missing, damaged or of another version.
         """
         try:
-            meta = json.loads((folder / "classifier.json").read_text())
-            weights = (folder / "weights.safetensors").read_bytes()
+            meta = folder.read_json("classifier.json")
+            weights = folder.read("weights.safetensors")
             digest, version = meta.pop("sha256"), meta.pop("version")
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{folder} holds no readable classifier: {error}") from error
+            raise ValueError(f"{folder.uri} holds no readable classifier: {error}") from error
         if version != CLASSIFIER_VERSION or hashlib.sha256(weights).hexdigest() != digest:
-            raise ValueError(f"{folder} holds a damaged classifier, or one of another version: delete it")
+            raise ValueError(f"{folder.uri} holds a damaged classifier, or one of another version: delete it")
         with torch.random.fork_rng(devices=[]):  # building layers draws initial weights
             net = ClassifierNet(meta["channels"], meta["classes"], meta["image_size"])
         net.load_state_dict(load_tensors(weights))
@@ -218,20 +218,37 @@ def cached_classifier(cache_dir: Path, data_key: str, make: Callable[[], Classif
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix=".making-") as scratch:
         if final.exists():
             try:
-                return Classifier.load(final)
+                return Classifier.load(Storage(final))
             except ValueError as error:
                 log.warning("making the classifier again: %s", error)
                 with suppress(FileNotFoundError):  # another process has moved it away
                     final.rename(Path(scratch) / "damaged")
         made = make()
         fresh = Path(scratch) / "fresh"
-        fresh.mkdir()
-        made.save(fresh)
+        made.save(Storage(fresh))
         try:
             fresh.rename(final)
         except OSError:
-            return Classifier.load(final)  # another process was first: a folder that is not empty is never replaced
+            return Classifier.load(
+                Storage(final)
+            )  # another process was first: a folder that is not empty is never replaced
         return made.to("cpu")
+
+
+def kept_classifier(place: Storage, find: Callable[[], Classifier]) -> Classifier:
+    """The classifier that a run keeps at `place`, or `find()`, which is then kept there.
+
+    Two machines train two classifiers on the same images, and what was judged by one compares with nothing that was
+    judged by the other. One driver at a time has a run; a damaged classifier is found again.
+    """
+    if place.exists("classifier.json"):
+        try:
+            return Classifier.load(place)
+        except ValueError as error:
+            log.warning("looking for the judge elsewhere: %s", error)
+    found = find()
+    found.save(place)
+    return found
 
 
 def extract_with(

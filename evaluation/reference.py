@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.config import FinalStageConfig, SamplerConfig
-from evaluation.extractors import Classifier, Extraction, cached_classifier, train_classifier
+from evaluation.extractors import Classifier, Extraction, cached_classifier, kept_classifier, train_classifier
 from evaluation.inception import Inception, inception_path
 from evaluation.rung import Metric, RungScorer
 from evaluation.scores import FeatureStatistics
 from trainer.data import Splits
+from trainer.storage import Storage
 
+JUDGE = "judge"  # the folder of a run that its classifier is kept in
 PROBE_IMAGES = 64  # held-out images of the grid loss
 # Of real images, so many at most are compared one by one (scores, KID, precision and recall); means and covariances are
 # of all. Drawn, since files often lie in the order of their classes.
@@ -40,14 +42,20 @@ class Reference:
 
 
 def prepare(
-    splits: Splits, config: FinalStageConfig, cache: Path, device: str, progress: Callable[[str], None]
+    splits: Splits,
+    config: FinalStageConfig,
+    cache: Path,
+    device: str,
+    progress: Callable[[str], None],
+    run: Storage | None = None,
 ) -> Reference | None:
     """The reference for a data set; None where nothing can judge its images (no labels, no Inception weights).
 
+    A classifier is the one that `run` keeps, else that of the cache, else it is trained; and kept in `run` from then.
     Raises ValueError or OSError where the configuration asks for an extractor that cannot be had.
     """
     key = splits.key()
-    extractor = _extractor(splits, config, cache, key, device, progress)
+    extractor = _extractor(splits, config, cache, key, device, progress, run)
     if extractor is None:
         return None
     progress(f"{extractor.name}: reading the real images")
@@ -109,7 +117,13 @@ def _weights_hash(extractor: Classifier | Inception) -> str:
 
 
 def _extractor(
-    splits: Splits, config: FinalStageConfig, cache: Path, key: str, device: str, progress: Callable[[str], None]
+    splits: Splits,
+    config: FinalStageConfig,
+    cache: Path,
+    key: str,
+    device: str,
+    progress: Callable[[str], None],
+    run: Storage | None,
 ) -> Classifier | Inception | None:
     labelled = splits.train.labels is not None
     weights = Path(config.inception_weights).expanduser() if config.inception_weights else None
@@ -139,7 +153,12 @@ def _extractor(
             horizontal_flip=mirrored,
         )
 
-    return cached_classifier(cache, f"{key}-mirrored" if mirrored else key, train)
+    name = f"{key}-mirrored" if mirrored else key
+
+    def of_this_machine() -> Classifier:
+        return cached_classifier(cache, name, train)
+
+    return of_this_machine() if run is None else kept_classifier(run.at(JUDGE, name), of_this_machine)
 
 
 def rung_scorer(

@@ -35,8 +35,13 @@ def final_grids(
     rows: Sequence[Row], ranked: Mapping[str, Row], samples: Mapping[str, np.ndarray], real_samples: np.ndarray | None
 ) -> str:
     """The first images of every ranked trial, as the final stage drew them, beside real ones."""
+    lost = [trial for trial, entry in ranked.items() if entry["rank"] is not None and trial not in samples]
+    gone = (
+        f"<p>Images of {escape(joined(lost))} are no longer at hand (deleted, or drawn by an earlier version): "
+        "<code>ddpm-search evaluate</code> draws them again.</p>"
+    )
     if not samples:
-        return "<p>The final stage has drawn no images yet.</p>"
+        return gone if lost else "<p>The final stage has drawn no images yet.</p>"
     labels = {row["trial"]: label(row) for row in rows}
     real = [] if real_samples is None else [("<strong>Real</strong>, held out from training", real_samples)]
     figures = []
@@ -47,7 +52,7 @@ def final_grids(
         figures.append((f"{rank}<strong>{escape(trial)}</strong><br>{escape(labels[trial])}{score}", samples[trial]))
     grids = ((text, pictures.image_grid(images[:GRID_IMAGES]), images.shape[1]) for text, images in real + figures)
     note = "Not chosen: the first of each. The same place in two trials' grids started from the same noise."
-    return f'<p class="quiet">{note}</p>{_grids(grids)}'
+    return f'<p class="quiet">{note}</p>{_grids(grids)}{gone if lost else ""}'
 
 
 def rung_grids(

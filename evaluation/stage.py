@@ -7,7 +7,7 @@ call or a killed one left is kept, so calling again draws only what is missing.
 import hashlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,10 @@ from trainer.storage import Storage
 BLOCKS_PER_SHARD = 5
 KEPT_IMAGES = 64  # of each trial, for the report
 MOST_LOST = 3  # workers that Ray could not bring back
+LOST = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.OutOfMemoryError,
+)  # the latter is killed by Ray, and no actor error
 NEIGHBOURS = 3  # of precision and recall, as Kynkäänniemi 2019
 
 
@@ -112,8 +116,8 @@ def draw(
 
     A worker that is lost costs the shards in flight: Ray starts it again, up to three times, then this does, three in
     all. One that has nothing to do gives its place back, for one that is started again may have lost its own.
-    Returns trial → reason, of trials whose images are not finite or whose checkpoint is damaged. Raises ray's
-    ActorDiedError where workers die again and again.
+    Returns trial → reason, of trials whose images are not finite or whose checkpoint is damaged. Raises ray's own
+    error where workers die, or are killed for their memory, again and again.
     """
     reasons: dict[str, str] = {}
     shards: list[Shard] = []
@@ -149,7 +153,8 @@ def draw(
             actor, shard = running.pop(ready[0])
             try:
                 reason = ray.get(ready[0])
-            except ray.exceptions.RayActorError:
+            except LOST:
+                ray.kill(actor)  # Ray may have started it again, in the place that the next one needs
                 lost += 1
                 if lost > MOST_LOST:
                     raise
@@ -178,7 +183,7 @@ def ranking(
     than `config.images`, `at_real_n` has every trial's scores at their number, for a fair comparison. KID, precision
     and recall (k = 3) compare with `real_images` training images.
     """
-    drawn = {c.trial: _read(run, c, config, reference)[0] for c in candidates if c.trial not in notes}
+    drawn = {c.trial: _read(run, c, config, reference) for c in candidates if c.trial not in notes}
     repeats = {c.trial: c.repeats for c in candidates}
     samples = [TrialSamples(t, judged.probabilities, judged.features, None, repeats[t]) for t, judged in drawn.items()]
     samples += [TrialSamples(trial, reason=reason, repeats=repeats.get(trial)) for trial, reason in notes.items()]
@@ -225,6 +230,7 @@ def ranking(
     n = min(config.split_size, config.images)
     return {
         "extractor": reference.extractor.name,
+        "judge": reference.key,
         "score_name": reference.extractor.score_name,
         "held_out_accuracy": reference.accuracy,
         "images": config.images,
@@ -251,22 +257,38 @@ def _mean(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     }
 
 
-def kept_images(run: Storage, candidate: Candidate, config: FinalStageConfig, reference: Reference) -> np.ndarray:
-    """The first images of a candidate, (n, H, W, C) uint8: the same noise for every trial.
+def kept_images(run: Storage, candidate: Candidate, ranked: Mapping[str, Any]) -> np.ndarray:
+    """The first images of a candidate as ranking.json had them drawn, (n, H, W, C) uint8: the same noise for every
+    trial. n is KEPT_IMAGES, or all that were ranked.
 
     Raises FileNotFoundError where they are no longer there, or were drawn by another version.
     """
-    return _read(run, candidate, config, reference)[1]
+    drawn = {name: ranked[name] for name in ("images", "sampler", "weights") if name in ranked}
+    shards = _shards_judged(
+        run, candidate, FinalStageConfig.model_validate(drawn), ranked["extractor"], ranked.get("judge")
+    )
+    parts = []
+    for shard in shards:
+        if shard.first < KEPT_IMAGES:
+            with np.load(io.BytesIO(run.read(shard.path)), allow_pickle=False) as content:
+                parts.append(content["images"])
+    return np.concatenate(parts)
 
 
 def _shards(run: Storage, candidate: Candidate, config: FinalStageConfig, reference: Reference) -> list[Shard]:
+    return _shards_judged(run, candidate, config, reference.extractor.name, reference.key)
+
+
+def _shards_judged(
+    run: Storage, candidate: Candidate, config: FinalStageConfig, extractor: str, judge: str | None
+) -> list[Shard]:
     """A folder a setting: results of another checkpoint, sampler or extractor are never taken for these."""
     settings = {
         "checkpoint": run.read_json(f"{candidate.checkpoint}/checkpoint.json")["sha256"],
         "sampler": config.sampler.model_dump(),
         "weights": config.weights,
-        "extractor": reference.extractor.name,
-        "data": reference.key,
+        "extractor": extractor,
+        "data": judge,
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     folder = f"evaluation/{candidate.trial}/{digest}"
@@ -286,12 +308,10 @@ def _is_done(run: Storage, shard: Shard, config: FinalStageConfig) -> bool:
     return run.exists(shard.path) and (not config.keep_images or run.exists(shard.images))
 
 
-def _read(
-    run: Storage, candidate: Candidate, config: FinalStageConfig, reference: Reference
-) -> tuple[Extraction, np.ndarray]:
+def _read(run: Storage, candidate: Candidate, config: FinalStageConfig, reference: Reference) -> Extraction:
     parts = []
     for shard in _shards(run, candidate, config, reference):
         with np.load(io.BytesIO(run.read(shard.path)), allow_pickle=False) as content:
-            parts.append({name: content[name] for name in ("probabilities", "features", "images")})
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return Extraction(joined["probabilities"], joined["features"]), joined["images"]
+            parts.append((content["probabilities"], content["features"]))
+    probabilities, features = zip(*parts, strict=True)
+    return Extraction(np.concatenate(probabilities), np.concatenate(features))

@@ -8,15 +8,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from rich.console import Console
 
 from evaluation import events, export, pictures, report, stage
-from evaluation.config import FinalStageConfig
-from evaluation.reference import Reference
+from evaluation.config import SamplerConfig
 from evaluation.sampling import sample_images
 from search import budget, confirm, watch
 from search.config import SearchConfig, UserError
-from search.prepare import judge_of, preflight
+from search.prepare import preflight
 from search.records import CONFIG, Records, confirmations, open_run, read_ranking
 from trainer import checkpoint
 from trainer.data import Splits
@@ -26,14 +27,12 @@ REPORT = "report/index.html"
 SAMPLES = 64
 
 
-def finish(
-    config: SearchConfig, run: Storage, records: Records, judge: Reference | None, splits: Splits, console: Console
-) -> None:
+def finish(config: SearchConfig, run: Storage, records: Records, splits: Splits, console: Console) -> None:
     """Report, export and samples of the winner, from what the final stage left."""
     ranked = read_ranking(run)
     if ranked:
         console.print(watch.ranking_table(ranked), watch.ranking_notes(ranked), "", sep="\n")
-    write_report(config, run, records, judge, splits, ranked)
+    write_report(config, run, records, splits, ranked)
     console.print(f"Report:   {run.at(REPORT).uri}")
     winner = _winner(ranked) if ranked else None
     if winner is not None and ranked is not None:
@@ -51,9 +50,10 @@ def export_trial(
     weights: str | None = None,
     torch_export: bool = False,
 ) -> None:
-    """Exports a trial to `out` (a local folder; None: RUN/export) and draws samples.png: into `out`, or into RUN.
+    """Exports a trial to `out` (a local folder; None: RUN/export), with samples.png: into `out`, or into RUN.
 
-    weights: ema or raw; None takes those that were ranked.
+    weights: ema or raw; None takes those that were ranked. The samples are the images that were ranked; of a trial or
+    weights that were not they are drawn here.
     """
     row = next(row for row in confirm.all_rows(run, records) if row.trial == trial)
     if row.checkpoint is None:
@@ -72,8 +72,9 @@ def export_trial(
         home = Path(run.root) if run.is_local else Path(scratch)
         folder, picture = (out, out / "samples.png") if out else (home / "export", home / "samples.png")
         export.export_pipeline(found, folder, card, provenance, raw, torch_export)
-        denoiser, betas, shape = export.load_export(folder)
-        images = sample_images(denoiser, betas, shape, config.final.sampler, 0, SAMPLES, "cpu")
+        images = _ranked_images(run, ranked, trial, row.checkpoint, "raw" if raw else "ema")
+        if images is None:
+            images = _drawn_here(folder, config.final.sampler, console)
         pictures.save_grid_png(picture, images)
         if out is None and not run.is_local:
             for file in (*folder.rglob("*"), picture):
@@ -84,25 +85,39 @@ def export_trial(
     console.print(f"Samples:  {out / 'samples.png' if out else run.at('samples.png').uri}")
 
 
+def _ranked_images(
+    run: Storage, ranked: dict[str, Any] | None, trial: str, path: str, weights: str
+) -> np.ndarray | None:
+    """None where these weights of the checkpoint were not scored, or their images are gone."""
+    if ranked is None or ranked.get("weights", "ema") != weights:
+        return None
+    try:
+        return stage.kept_images(run, stage.Candidate(trial, path), ranked)[:SAMPLES]
+    except FileNotFoundError:
+        return None
+
+
+def _drawn_here(folder: Path, sampler: SamplerConfig, console: Console) -> np.ndarray:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    denoiser, betas, shape = export.load_export(folder)
+    needed = sampler.model_copy(update={"block_size": min(sampler.block_size, SAMPLES)})
+    with watch.progress_bar(console, f"Drawing {SAMPLES} images") as progress:
+        return sample_images(
+            denoiser.to(device), betas, shape, needed, 0, SAMPLES, device, lambda done: progress(done, SAMPLES)
+        )
+
+
 def write_report(
-    config: SearchConfig,
-    run: Storage,
-    records: Records,
-    judge: Reference | None,
-    splits: Splits,
-    ranked: dict[str, Any] | None,
+    config: SearchConfig, run: Storage, records: Records, splits: Splits, ranked: dict[str, Any] | None
 ) -> None:
     """RUN/report/index.html, from whatever there is."""
     samples = {}
-    if ranked and judge:
-        # As it was ranked, which `evaluate` may have been told to do otherwise than config.yaml.
-        drawn = {name: ranked[name] for name in ("images", "split_size", "sampler", "weights") if name in ranked}
-        final = FinalStageConfig.model_validate(config.final.model_dump() | drawn)
+    if ranked:
         for row in ranked["trials"]:
             if row["rank"] is not None and row.get("checkpoint"):
                 candidate = stage.Candidate(row["best_seed"], row["checkpoint"])
                 with contextlib.suppress(FileNotFoundError):  # deleted since, to save space
-                    samples[row["trial"]] = stage.kept_images(run, candidate, final, judge)
+                    samples[row["trial"]] = stage.kept_images(run, candidate, ranked)
     logged = {}
     for trial in run.names("tensorboard"):
         with tempfile.TemporaryDirectory() as scratch:
@@ -143,9 +158,7 @@ def report_again(path: str, console: Console) -> None:
     """The report of a run, from what is on disk."""
     config, run, records = open_run(path)
     splits = preflight(config, console)
-    ranked = read_ranking(run)
-    judge = judge_of(config, splits, console) if ranked else None
-    write_report(config, run, records, judge, splits, ranked)
+    write_report(config, run, records, splits, read_ranking(run))
     console.print(f"Report:   {run.at(REPORT).uri}")
 
 

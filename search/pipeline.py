@@ -40,7 +40,7 @@ def begin(config: SearchConfig, run: Storage) -> None:
 def give_up(run: Storage) -> None:
     """Takes back what `begin` wrote where no trial was begun: a corrected command may have the name."""
     if not len(Records.load(run)):
-        for name in (CONFIG, tuner.JOURNAL, budget.FILE, "tune"):
+        for name in (CONFIG, tuner.JOURNAL, budget.FILE, "tune", reference.JUDGE):
             run.delete(name)
 
 
@@ -50,7 +50,7 @@ def dry_run(
     """What a run would do and cost, measured in a few steps where a trial would run. Writes nothing into `run`."""
     with connect.connected(address):
         cluster = capacity.read()
-        config, judge, scorer, placement = _prepare(config, splits, cluster, console)
+        config, judge, scorer, placement = _prepare(config, splits, cluster, console, None)
         with console.status("timing a few steps"):
             measured = plan.measure_on_cluster(config, scorer, cluster.use_gpu)
     images, train = len(splits.train), config.train
@@ -71,7 +71,7 @@ def dry_run(
 
 
 def _prepare(
-    config: SearchConfig, splits: Splits, cluster: capacity.Capacity, console: Console
+    config: SearchConfig, splits: Splits, cluster: capacity.Capacity, console: Console, run: Storage | None
 ) -> tuple[SearchConfig, Reference | None, RungScorer, Placement]:
     """What judges the images, what scores a rung (and by what trials are stopped), and how trials are placed.
 
@@ -79,7 +79,7 @@ def _prepare(
     """
     try:
         placement = cluster.place(config.train.workers, config.per_gpu)
-        judge = judge_of(config, splits, console)
+        judge = judge_of(config, splits, console, run)
     except ValueError as error:
         raise UserError(str(error)) from error
     metric = choose_metric(config, judge, console)
@@ -110,7 +110,7 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.at('tensorboard').uri)}")
         if not ray.local:
             _check_shared(run)
-        config, judge, scorer, placement = _prepare(config, splits, capacity.read(), console)
+        config, judge, scorer, placement = _prepare(config, splits, capacity.read(), console, run)
         left = tuner.trials_left(config, records)
         if left:
             at_once = placement.at_once
@@ -126,7 +126,7 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
             console.print("No final stage: the data has no labels, and final.inception_weights is not given.")
         else:
             evaluate(config, run, records, judge, scorer, console, interrupt)
-    finish(config, run, records, judge, splits, console)
+    finish(config, run, records, splits, console)
     if judge is not None:
         _check_ranked(run)
 
@@ -204,11 +204,11 @@ def evaluate_again(config: SearchConfig, run: Storage, splits: Splits, address: 
         if not ray.local:
             _check_shared(run)
         records = Records.load(run)
-        config, judge, scorer, _ = _prepare(config, splits, capacity.read(), console)
+        config, judge, scorer, _ = _prepare(config, splits, capacity.read(), console, run)
         if judge is None:
             raise UserError("nothing can judge these images: the data has no labels, so give final.inception_weights")
         evaluate(config, run, records, judge, scorer, console, interrupt)
-    finish(config, run, records, judge, splits, console)
+    finish(config, run, records, splits, console)
     _check_ranked(run)
 
 

@@ -14,6 +14,7 @@ from trainer import data
 from trainer.config import TrainConfig
 from trainer.data import Splits
 from trainer.data_cache import cache_folder
+from trainer.storage import Storage
 
 
 def preflight(config: SearchConfig, console: Console) -> Splits:
@@ -58,13 +59,14 @@ def _check_fits(training: TrainConfig, where: str, splits: Splits) -> None:
         )
 
 
-def judge_of(config: SearchConfig, splits: Splits, console: Console) -> Reference | None:
+def judge_of(config: SearchConfig, splits: Splits, console: Console, run: Storage | None) -> Reference | None:
+    """The judge that `run` keeps, and keeps from now on where it had none; without a run, this machine's own."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with console.status("") as status:
         try:
-            judge = reference.prepare(splits, config.final, cache_folder(), device, lambda what: status.update(what))
+            judge = reference.prepare(splits, config.final, cache_folder(), device, status.update, run)
         except (ValueError, OSError) as error:
             raise UserError(str(error)) from error
     if judge is not None and judge.accuracy is not None:

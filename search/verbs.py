@@ -142,6 +142,7 @@ def sample(folder: Path, out: Path, images: int, sampler: str, steps: int, seed:
 def score(path: Path, extractor: str, weights: Path | None, split_size: int) -> dict[str, Any]:
     """The score of images, or of stored probabilities or logits, as `score --json` prints it."""
     from evaluation import extractors, files, inception, scores
+    from trainer.storage import Storage
 
     try:
         probabilities = _stored_probabilities(path)
@@ -151,7 +152,7 @@ def score(path: Path, extractor: str, weights: Path | None, split_size: int) -> 
             if extractor == "inception":
                 judge: Any = inception.Inception(weights)
             else:
-                judge = extractors.Classifier.load(Path(extractor))
+                judge = extractors.Classifier.load(Storage(extractor))
             name, score_name = judge.name, judge.score_name
             probabilities = judge.extract(drawn).probabilities
         result = scores.inception_score(probabilities, split_size)

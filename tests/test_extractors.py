@@ -20,6 +20,7 @@ from evaluation import inception as inception_v3
 from evaluation.extractors import Classifier, cached_classifier, train_classifier
 from evaluation.inception import Inception, inception_path
 from evaluation.scores import frechet_distance, inception_score
+from trainer.storage import Storage
 
 
 def split_digits(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -187,8 +188,8 @@ def test_images_and_labels_of_another_form_are_refused(untrained):
 
 
 def test_loaded_classifier_equals_the_saved_one(untrained, tmp_path):
-    untrained.save(tmp_path)
-    loaded = Classifier.load(tmp_path)
+    untrained.save(Storage(tmp_path))
+    loaded = Classifier.load(Storage(tmp_path))
     assert same_weights(loaded, untrained)
     assert {k: v for k, v in vars(loaded).items() if k != "net"} == {
         k: v for k, v in vars(untrained).items() if k != "net"
@@ -203,12 +204,12 @@ def test_damaged_classifier_is_refused_and_made_again(untrained, tmp_path):
     weights = folder / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="damaged"):
-        Classifier.load(folder)
+        Classifier.load(Storage(folder))
     assert same_weights(cached_classifier(tmp_path, "key", lambda: untrained), untrained)
-    assert same_weights(Classifier.load(folder), untrained)
+    assert same_weights(Classifier.load(Storage(folder)), untrained)
     (folder / "classifier.json").write_text(json.dumps({"version": 0}))
     with pytest.raises(ValueError, match="no readable classifier"):
-        Classifier.load(folder)
+        Classifier.load(Storage(folder))
 
 
 def test_cached_classifier_is_made_once_a_key(untrained, tmp_path):

@@ -128,7 +128,11 @@ def test_raw_weights_draw_other_images_than_the_ema(run, judge):
     raw = CONFIG.model_copy(update={"weights": "raw"})
     for config in (CONFIG, raw):
         draw_here(run, [candidate], config, judge)
-    assert (stage.kept_images(run, candidate, raw, judge) != stage.kept_images(run, candidate, CONFIG, judge)).any()
+    shown = [
+        stage.kept_images(run, candidate, stage.ranking(run, [candidate], config, judge, {}))
+        for config in (CONFIG, raw)
+    ]
+    assert (shown[0] != shown[1]).any()
 
 
 def test_kept_images_are_what_was_scored_and_score_reads_them(run, judge):
@@ -142,10 +146,11 @@ def test_kept_images_are_what_was_scored_and_score_reads_them(run, judge):
     draw_here(run, [candidate], keeping, judge)
     images = files.read_images(Path(run.root, shards[0].images).parent)
     assert images.shape == (50, 8, 8, 1)
-    np.testing.assert_array_equal(images, stage.kept_images(run, candidate, keeping, judge))
+    ranked = stage.ranking(run, [candidate], keeping, judge, {})
+    np.testing.assert_array_equal(images, stage.kept_images(run, candidate, ranked))
     after = judge.extractor.extract(images)
-    np.testing.assert_allclose(after.probabilities, before[0].probabilities, rtol=1e-5)  # of other batch sizes
-    np.testing.assert_allclose(after.features, before[0].features, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(after.probabilities, before.probabilities, rtol=1e-5)  # of other batch sizes
+    np.testing.assert_allclose(after.features, before.features, rtol=1e-5, atol=1e-6)
 
 
 def test_a_ranking_of_fewer_images_shows_them_as_they_were_ranked(run, judge):
@@ -156,7 +161,7 @@ def test_a_ranking_of_fewer_images_shows_them_as_they_were_ranked(run, judge):
         draw_here(run, [candidate], config, judge)
         ranked = stage.ranking(run, [candidate], config, judge, {})
         assert ranked["images"] == count
-        assert len(stage.kept_images(run, candidate, config, judge)) == count
+        assert len(stage.kept_images(run, candidate, ranked)) == count
     assert (ranked["split_size"], ranked["dropped"]) == (20, 10)
 
 
@@ -170,7 +175,7 @@ def test_a_ranking_says_what_its_numbers_are_and_agrees_with_the_scores(run, jud
     assert [row["trial"] for row in ranked["trials"]][2] == "lost"
     assert ranked["trials"][2]["reason"] == "the loss was not finite"
     for row, candidate in ((row, c) for row in ranked["trials"] for c in candidates if c.trial == row["trial"]):
-        judged, _ = stage._read(run, candidate, CONFIG, judge)
+        judged = stage._read(run, candidate, CONFIG, judge)
         assert row["score"]["mean"] == pytest.approx(scores.inception_score(judged.probabilities, 20).mean)
         assert row["frechet"]["value"] == pytest.approx(scores.frechet_distance(judged.features, judge.train))
         held_out = scores.frechet_distance(judged.features, judge.held_out.features)
@@ -203,7 +208,7 @@ def test_a_confirmed_row_is_the_mean_of_its_new_seeds_and_lists_every_seed(run, 
     assert (first["trial"], first["confirmed"], first["seeds"]) == ("b", True, ["b-seed1", "b-seed2"])
     assert [seed["trial"] for seed in first["by_seed"]] == ["b", "b-seed1", "b-seed2", "b-seed3"]
     assert first["by_seed"].pop() == {"n": 0, "score": None, "frechet": None, "trial": "b-seed3", "reason": "failed"}
-    drawn = [stage._read(run, candidate, CONFIG, judge)[0].features for candidate in candidates[2:4]]
+    drawn = [stage._read(run, candidate, CONFIG, judge).features for candidate in candidates[2:4]]
     shares = np.mean([scores.precision_recall(features, judge.train_features) for features in drawn], axis=0)
     assert (first["precision"], first["recall"]) == pytest.approx(tuple(shares))
     assert first["score"]["mean"] == pytest.approx(np.mean([seed["score"] for seed in first["by_seed"][1:]]))

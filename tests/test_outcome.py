@@ -1,0 +1,148 @@
+"""What a run leaves, and what it is judged by wherever it is looked at: no Ray."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+
+from evaluation import extractors, pictures, sampling, stage
+from evaluation.extractors import Classifier, ClassifierNet
+from evaluation.stage import Candidate, ShardWorker
+from search import outcome, prepare
+from search.config import SearchConfig, load
+from search.records import CONFIG, RANKING, Records
+from trainer import checkpoint, data, model
+from trainer.storage import Storage
+
+SETTINGS = (
+    "train.model={channels: [4, 8], attention: [false, true], attention_head_dim: 8, norm_groups: 2}", "name=mine",
+    "train.batch_size=16", "train.data.subset=120", "train.data.train_fraction=0.5", "train.schedule.steps=20",
+    "final={images: 50, split_size: 20, sampler: {steps: 2, block_size: 5}}",
+)  # fmt: skip
+QUIET = Console(quiet=True)
+
+
+def a_judge_in(cache: Path, config: SearchConfig, seed: int) -> None:
+    """A machine whose cache has a classifier of its own: untrained, it tells images apart all the same."""
+
+    def make() -> Classifier:
+        torch.manual_seed(seed)
+        net = ClassifierNet(1, 10, 8).eval().requires_grad_(False)
+        torch.nn.init.normal_(net.head.weight, std=3.0)
+        return Classifier(net, classes=10, channels=1, image_size=8, accuracy=0.1, held_out=60, seed=seed)
+
+    extractors.cached_classifier(cache, data.load(config.train.data).key(), make)
+
+
+@pytest.fixture
+def finished(tmp_path: Path, row, rung, monkeypatch) -> tuple[SearchConfig, Storage]:
+    """A run with a final stage of one of its two trials, judged by the classifier of the machine that ran it."""
+    monkeypatch.setenv("DDPM_SEARCH_CACHE", str(tmp_path / "cache"))
+    config, run = load("digits", list(SETTINGS)), Storage(tmp_path / "runs" / "mine")
+    run.write(CONFIG, yaml.safe_dump(config.model_dump(mode="json")).encode())
+    records = Records(run)
+    for seed, trial in enumerate(("t0000-cosine", "t0001-cosine")):
+        training = config.training({"schedule": {"family": "cosine", "start": 0, "end": 1, "steps": 20}})
+        weights = model.build(training.model, (1, 8, 8), 0.0, seed).state_dict()
+        meta = {"config": training.model_dump(mode="json"), "image_shape": (1, 8, 8), "step": 1, "epoch": 1}
+        place = f"train/{trial}/checkpoint_000000001"
+        state = {"model": weights, "ema": {"0.9": weights}}
+        checkpoint.save(run.at(place), state, meta | {"ema_decay": 0.9})
+        records.add(row(trial, state="completed", epoch=1, rungs=[rung(1, 4.4, 8.8, 0.1)], checkpoint=place))
+    a_judge_in(tmp_path / "cache", config, seed=0)
+    judge = prepare.judge_of(config, data.load(config.train.data), QUIET, run)
+    assert judge is not None
+    candidate = Candidate("t0000-cosine", str(records["t0000-cosine"].checkpoint))
+    worker = ShardWorker(run, config.final, "cpu")
+    for shard in stage._shards(run, candidate, config.final, judge):
+        assert worker.work(shard, judge.extractor) is None
+    ranked = stage.ranking(run, [candidate], config.final, judge, {})
+    for entry in ranked["trials"]:
+        entry |= records[entry["trial"]].params() | {"checkpoint": candidate.checkpoint}
+    run.write_json(RANKING, ranked)
+    return config, run
+
+
+def test_a_run_keeps_its_judge_on_a_machine_whose_cache_has_another(finished, tmp_path, monkeypatch):
+    config, run = finished
+    splits = data.load(config.train.data)
+    before = prepare.judge_of(config, splits, QUIET, run)
+    monkeypatch.setenv("DDPM_SEARCH_CACHE", str(tmp_path / "elsewhere"))
+    a_judge_in(tmp_path / "elsewhere", config, seed=1)
+    after, without = (prepare.judge_of(config, splits, QUIET, place) for place in (run, None))
+    assert before is not None
+    assert after is not None
+    assert without is not None
+    assert after.key == before.key != without.key
+    candidate = Candidate("t0000-cosine", "train/t0000-cosine/checkpoint_000000001")
+    assert all(stage._is_done(run, shard, config.final) for shard in stage._shards(run, candidate, config.final, after))
+    outcome.report_again(run.uri, QUIET)
+    page = run.read(outcome.REPORT).decode()
+    assert "<br>score " in page  # the caption of a ranked trial's images
+    assert "evaluate</code> draws" not in page
+
+
+def test_finishing_a_scored_run_samples_nothing(finished, monkeypatch):
+    config, run = finished
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("images that are there were drawn again")
+
+    monkeypatch.setattr(outcome, "sample_images", refuse)
+    outcome.finish(config, run, Records.load(run), data.load(config.train.data), QUIET)
+    with Image.open(Path(run.root, "samples.png")) as picture:
+        shown = np.asarray(picture)
+    candidate = Candidate("t0000-cosine", "train/t0000-cosine/checkpoint_000000001")
+    drawn = stage.kept_images(run, candidate, run.read_json(RANKING))
+    assert len(drawn) == 50
+    np.testing.assert_array_equal(shown, pictures.image_grid(drawn)[..., 0])
+
+
+def test_an_export_of_a_trial_that_was_not_scored_is_sampled_in_a_block_no_larger_than_needed(finished, tmp_path):
+    config, run = finished
+    wide = config.final.sampler.model_copy(update={"block_size": 1000})
+    config = config.model_copy(update={"final": config.final.model_copy(update={"sampler": wide})})
+    asked: list[int] = []
+    drawing = sampling.sample_block
+
+    def noted(*args: Any, **kwargs: Any) -> np.ndarray:
+        asked.append(args[3].block_size)
+        return drawing(*args, **kwargs)
+
+    ranked = run.read_json(RANKING)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "sample_block", noted)
+        for trial, weights in (("t0001-cosine", None), ("t0000-cosine", "raw")):
+            out = tmp_path / trial
+            outcome.export_trial(config, run, Records.load(run), ranked, trial, out, QUIET, weights)
+            assert (out / "samples.png").is_file()
+    assert asked == [64, 64]
+
+
+def test_a_run_s_damaged_judge_is_replaced_by_the_machine_s_own(finished, caplog):
+    config, run = finished
+    splits = data.load(config.train.data)
+    before = prepare.judge_of(config, splits, QUIET, run)
+    (name,) = run.names("judge")
+    run.write(f"judge/{name}/weights.safetensors", b"cut")
+    after = prepare.judge_of(config, splits, QUIET, run)
+    assert "damaged" in caplog.text
+    assert before is not None
+    assert after is not None
+    assert after.key == before.key
+    assert Classifier.load(run.at("judge", name)).seed == 0
+
+
+def test_ranked_images_that_are_gone_are_said_to_be_gone(finished):
+    _, run = finished
+    run.delete("evaluation")
+    outcome.report_again(run.uri, QUIET)
+    page = run.read(outcome.REPORT).decode()
+    assert "drawn no images yet" not in page
+    assert "no longer at hand" in page
+    assert "<code>ddpm-search evaluate</code>" in page
