@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from trainer.config import Config
+from trainer.config import Config, Seed
 
 
 class SamplerConfig(Config):
@@ -18,7 +18,7 @@ class SamplerConfig(Config):
     eta: float = Field(0.0, ge=0, le=1, description="ddim: 0 draws no noise on the way, 1 as much as ddpm")
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
     block_size: int = Field(100, ge=1, description="images a block; one generator a block, so part of the seed")
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
 
 class ConfirmConfig(Config):

@@ -31,6 +31,13 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, a.b=val
 Address = Annotated[str, typer.Option(help="local starts a Ray here; auto or HOST:PORT joins one that runs.")]
 RunPath = Annotated[str, typer.Argument(metavar="PATH", help="The folder of a run, such as runs/digits.")]
 Weights = Enum("Weights", {"ema": "ema", "raw": "raw"})
+
+
+def _home(path: Path | None) -> Path | None:
+    """~ in an option such as --out=~/x is left to us by shells."""
+    return path.expanduser() if path else path
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -69,11 +76,8 @@ def run(
     splits = prepare.preflight(settings, console)
     pipeline.begin(settings, place)
     console.print(f"Run:            {place.uri}")
-    try:
+    with pipeline.given_up_where_refused(place):
         _go(settings, place, splits, address)
-    except Exception:
-        pipeline.give_up(place)
-        raise
 
 
 @app.command()
@@ -154,9 +158,10 @@ def rank(path: RunPath, as_json: Json = False) -> None:
     """The ranking, with confidence intervals and ties."""
     from search import watch
     from search.config import UserError
-    from search.records import read_ranking, storage_at
+    from search.records import read_ranking, read_run
 
-    ranking = read_ranking(storage_at(path))
+    _, place, _ = read_run(path)
+    ranking = read_ranking(place)
     if ranking is None:
         raise UserError(
             f"no ranking at {path}: draw and score the best trials' images with: ddpm-search evaluate {path}"
@@ -178,7 +183,7 @@ def report(path: RunPath) -> None:
 @app.command()
 def export(
     path: RunPath,
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.", callback=_home)],
     trial: Annotated[str | None, typer.Option(help="The trial; default is the winner.")] = None,
     weights: Annotated[Weights | None, typer.Option(help="Default: those that were ranked.")] = None,
     torch_export: Annotated[bool, typer.Option("--torch-export", help="Write denoiser.pt2 too.")] = False,
@@ -191,8 +196,8 @@ def export(
 
 @app.command()
 def sample(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An exported folder.")],
-    out: Annotated[Path, typer.Option(help="FILE.png (a grid), FILE.npz, or a folder of PNG files.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An exported folder.", callback=_home)],
+    out: Annotated[Path, typer.Option(help="FILE.png (a grid), FILE.npz, or a folder of PNG files.", callback=_home)],
     images: Annotated[int, typer.Option(min=1)] = 64,
     sampler: Annotated[str, typer.Option(help="ddpm, ddim or dpm++.")] = "ddim",
     steps: Annotated[int, typer.Option(min=1)] = 50,
@@ -206,9 +211,11 @@ def sample(
 
 @app.command()
 def score(
-    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images, an .npz, or a Parquet file.")],
+    images: Annotated[
+        Path, typer.Argument(metavar="IMAGES", help="A folder of images, an .npz, or a Parquet file.", callback=_home)
+    ],
     extractor: Annotated[str, typer.Option(help="inception, or the folder of a stored classifier.")] = "inception",
-    weights: Annotated[Path | None, typer.Option(help="torch-fidelity's Inception weights.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="torch-fidelity's Inception weights.", callback=_home)] = None,
     split_size: Annotated[int, typer.Option(min=2)] = 5000,
     as_json: Json = False,
 ) -> None:
@@ -231,7 +238,8 @@ def train(
     config: Config,
     set_: Set = None,
     out: Annotated[
-        Path, typer.Option(help="Checkpoints and TensorBoard events; an earlier training there goes on.")
+        Path,
+        typer.Option(help="Checkpoints and TensorBoard events; an earlier training there goes on.", callback=_home),
     ] = Path("runs/train"),
 ) -> None:
     """One training without a search and without Ray."""
@@ -260,7 +268,12 @@ def schedule_show(
 
 @schedule_app.command("plot")
 def schedule_plot(
-    family: Family, start: Start, end: End, out: Annotated[Path, typer.Option()], tau: Tau = 1.0, steps: Steps = 1000
+    family: Family,
+    start: Start,
+    end: End,
+    out: Annotated[Path, typer.Option(callback=_home)],
+    tau: Tau = 1.0,
+    steps: Steps = 1000,
 ) -> None:
     """A schedule as a picture."""
     from search import verbs
@@ -274,7 +287,7 @@ def schedule_compare(
     schedules: Annotated[
         list[str] | None, typer.Argument(metavar="FAMILY:START:END[:TAU]…", help="Default: the original study's five.")
     ] = None,
-    out: Annotated[Path, typer.Option()] = Path("schedules.png"),
+    out: Annotated[Path, typer.Option(callback=_home)] = Path("schedules.png"),
     steps: Steps = 1000,
 ) -> None:
     """Several schedules, and what they do to one image."""
@@ -299,9 +312,10 @@ def main() -> None:
     except Exception as error:
         from cluster.connect import ConnectError
 
-        if not isinstance(error, ConnectError):
+        if not isinstance(error, ConnectError | PermissionError) and "AWS Error" not in str(error):
             raise
-        print(f"ddpm-search: {error}", file=sys.stderr)
+        remedy = "" if isinstance(error, ConnectError) else "; give a place that can be read and written"
+        print(f"ddpm-search: {error}{remedy}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -1,5 +1,6 @@
 """SearchConfig: the whole YAML, composed of each package's own configuration."""
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +10,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 
 from evaluation.config import FinalStageConfig, SamplerConfig
 from trainer import schedules
-from trainer.config import Config, TrainConfig, said
+from trainer.config import Config, Seed, TrainConfig, said
 from trainer.schedules import Family
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -108,12 +109,33 @@ class SpaceConfig(Config):
         for family, own in self.families.items():
             if family == "linear" and own.tau != 1:
                 raise ValueError(f"space.families.linear.tau must be left out, for linear has none, but got {own.tau}")
-            if not isinstance(own.start, Range) and not isinstance(own.end, Range):
-                schedules.check(family, own.start, own.end, own.tau.low if isinstance(own.tau, Range) else own.tau)
+            _some_keep_the_laws(family, own)
+        for name in ("learning_rate", "dropout"):
+            for value in _ends(getattr(self, name)):
+                try:
+                    TrainConfig.model_validate({name: value})
+                except ValidationError as error:
+                    raise ValueError(f"space.{explain(error.errors()[0])}") from None
         for name, choices in self.train.items():
             if not choices or any(choice in choices[:index] for index, choice in enumerate(choices)):
                 raise ValueError(f"space.train.{name} must be a list of different values, but got {list(choices)}")
         return self
+
+
+def _ends(searched: Searched | None) -> tuple[float, ...]:
+    if searched is None:
+        return ()
+    return (searched.low, searched.high) if isinstance(searched, Range) else (searched,)
+
+
+def _some_keep_the_laws(family: Family, own: FamilySpace) -> None:
+    """Raises ValueError where no corner of a family's ranges is a schedule."""
+    for corner in itertools.product(_ends(own.start), _ends(own.end), _ends(own.tau)):
+        try:
+            return schedules.check(family, *corner)
+        except ValueError as error:
+            broken = error
+    raise broken
 
 
 class KnownPoint(Config):
@@ -204,7 +226,7 @@ class SearchConfig(Config):
     """One search: what is trained, what is varied, what stops a trial, and how the best are ranked."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     trials: int = Field(50, ge=1, description="trainings started; what is screened or reused does not count")
     budget: BudgetConfig = BudgetConfig()
     train: TrainConfig = TrainConfig()
@@ -293,7 +315,7 @@ def read(name_or_path: str, overrides: list[str]) -> dict[str, Any]:
             f"no configuration at {name_or_path!r}; give the path of a YAML file, or a shipped name: {names}"
         )
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.load(path.read_text(), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -302,6 +324,16 @@ def read(name_or_path: str, overrides: list[str]) -> dict[str, Any]:
     for override in overrides:
         _set(tree, override)
     return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for index, key in enumerate(keys) if key in keys[:index]]:
+            raise yaml.YAMLError(f"{twice[0]!r} is given twice, the second time{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 def _find(name_or_path: str) -> Path | None:

@@ -24,9 +24,13 @@ DEAD_AFTER_SECONDS = 60.0
 CLOCK_SECONDS = 5.0  # a process's start is reckoned by the clock, which may be set meanwhile
 
 
+class TakenError(UserError):
+    """Another living driver has the run."""
+
+
 @contextlib.contextmanager
 def held(run: Storage) -> Iterator[None]:
-    """Holds the run for the length of a with block. Raises UserError where another living driver has it.
+    """Holds the run for the length of a with block. Raises TakenError where another living driver has it.
 
     A driver on this machine lives while its process does, a stopped one too; one elsewhere, while its heartbeat is
     younger than a minute. One that finds its run taken over, when it goes on, interrupts itself.
@@ -35,7 +39,7 @@ def held(run: Storage) -> Iterator[None]:
     mine |= {"began": psutil.Process().create_time(), "pids": _pid_namespace()}
     other = _read(run)
     if other and _lives(other):
-        raise UserError(f"{_worked_on(run, other)}; watch it with: ddpm-search status {run.uri}")
+        raise TakenError(f"{_worked_on(run, other)}; watch it with: ddpm-search status {run.uri}")
     over = threading.Event()
 
     def beat() -> None:
@@ -87,4 +91,4 @@ def _lives(lease: dict[str, Any]) -> bool:
 def _pid_namespace() -> str:
     """Where a process's number means anything: containers may share a host name, each with numbers of its own."""
     namespace = Path("/proc/self/ns/pid")
-    return os.readlink(namespace) if namespace.is_symlink() else ""
+    return str(namespace.readlink()) if namespace.is_symlink() else ""

@@ -1,7 +1,9 @@
 """The whole way of a run: search → final stage → ranking → report → export. Each part goes on from what is on disk."""
 
+import contextlib
 import dataclasses
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -37,11 +39,18 @@ def begin(config: SearchConfig, run: Storage) -> None:
         raise UserError(f"--storage {run.uri} cannot be written: {error}; give a folder that can") from error
 
 
-def give_up(run: Storage) -> None:
+@contextlib.contextmanager
+def given_up_where_refused(run: Storage) -> Iterator[None]:
     """Takes back what `begin` wrote where no trial was begun: a corrected command may have the name."""
-    if not len(Records.load(run)):
-        for name in (CONFIG, tuner.JOURNAL, budget.FILE, "tune", reference.JUDGE):
-            run.delete(name)
+    try:
+        yield
+    except lease.TakenError:
+        raise  # it is another's
+    except Exception:
+        if not len(Records.load(run)):
+            for name in (CONFIG, tuner.JOURNAL, budget.FILE, "tune", reference.JUDGE):
+                run.delete(name)
+        raise
 
 
 def dry_run(

@@ -214,7 +214,11 @@ def read_run(path: str) -> tuple[dict[str, Any], Storage, Records]:
         tree, records = yaml.safe_load(run.read(CONFIG)), Records.load(run)
     except (yaml.YAMLError, UnicodeDecodeError, pa.ArrowInvalid) as error:
         raise UserError(f"the run at {path} is damaged: {error}; restore {CONFIG} and {FILE} from a copy") from error
-    if not isinstance(tree, dict) or not {"name", "train", "early_stopping"} <= tree.keys():
+    try:
+        whole = bool(tree["name"] and tree["train"]["epochs"] and tree["early_stopping"]["metric"])
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
         raise UserError(
             f"no run at {path}: its {CONFIG} is not a run's; give the folder that `ddpm-search run` printed"
         )
@@ -241,7 +245,7 @@ def read_ranking(run: Storage) -> dict[str, Any] | None:
         found = run.read_json(RANKING)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         found = error
-    if not isinstance(found, dict) or "trials" not in found:
+    if not isinstance(found, dict) or not {"trials", "score_name", "images", "split_size"} <= found.keys():
         what = f": {found}" if isinstance(found, Exception) else ""
         raise UserError(f"{RANKING} of {run.uri} is damaged{what}; write it anew: ddpm-search evaluate {run.uri}")
     return found

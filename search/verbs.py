@@ -1,6 +1,7 @@
 """The verbs that need no run and no Ray: train, sample, score, schedule show and compare."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,9 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error}; give a folder that can") from error
     found = checkpoint.latest(folder)
+    own = re.compile(r"checkpoint_\d{9}|events\.out\.tfevents\..*")  # of one that was cut before its first checkpoint
+    if found is None and not all(own.fullmatch(name) for name in folder.names()):
+        raise UserError(f"--out {out} is not empty and holds no training; give a new folder")
     if found is not None and found[1].config.learned() != config.train.learned():
         raise UserError(f"--out {out} holds a training of another configuration; give another --out")
     splits = preflight(config, console)

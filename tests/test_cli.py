@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import resource
 import subprocess
@@ -12,8 +13,8 @@ import numpy as np
 import pytest
 import yaml
 
-from search import cli
-from search.config import load
+from search import cli, lease, pipeline
+from search.config import UserError, load
 from search.records import CONFIG, Records, Row
 from trainer.storage import Storage
 
@@ -88,7 +89,7 @@ def refused(result: tuple[int, str, str], *parts: str) -> None:
         (("status", "nosuch://x"), ["nosuch://x", "give a folder"]),
         (("resume", "nothing"), ["no run at nothing"]),
         (("evaluate", "nothing"), ["no run at nothing"]),
-        (("rank", "nothing"), ["no ranking at nothing", "ddpm-search evaluate nothing"]),
+        (("rank", "nothing"), ["no run at nothing"]),
         (("report", "nothing"), ["no run at nothing"]),
         (("export", "nothing", "--out", "x"), ["no run at nothing"]),
         (("sample", "nothing", "--out", "x.npz"), ["nothing", "is not an export", "ddpm-search export"]),
@@ -152,7 +153,8 @@ def test_a_damaged_ranking_is_said(command, run_folder, content):
 
 
 def test_a_ranking_without_a_winner_exports_nothing(command, run_folder):
-    Storage(run_folder).write_json("ranking.json", {"trials": [{"trial": "t0000-cosine", "rank": None}]})
+    ranking = {"score_name": "classifier score", "images": 9, "split_size": 9}
+    Storage(run_folder).write_json("ranking.json", ranking | {"trials": [{"trial": "t0000-cosine", "rank": None}]})
     refused(command("export", str(run_folder), "--out", "x"), "no trial", "--trial")
 
 
@@ -296,3 +298,45 @@ def test_help_schedules_and_status_come_at_once(arguments, run_folder):
         # Time of the processor, for a clock also counts what else a busy machine does.
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 1.5  # a second, where no other process is in the way
+
+
+def test_a_folder_that_is_no_training_s_is_left_as_it_was_by_train(command, run_folder):
+    before = snapshot(run_folder)
+    refused(command("train", "digits", "--out", str(run_folder)), "not empty and holds no training", str(run_folder))
+    assert snapshot(run_folder) == before
+
+
+def test_a_run_that_another_driver_has_is_left_as_it_was(tmp_path):
+    place = Storage(tmp_path / "mine")
+    pipeline.begin(load("digits", ["name=mine"]), place)
+    with lease.held(place), pytest.raises(lease.TakenError), pipeline.given_up_where_refused(place), lease.held(place):
+        raise AssertionError
+    assert place.exists(CONFIG)
+    with pytest.raises(UserError), pipeline.given_up_where_refused(place):
+        raise UserError
+    assert not place.names()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", [("run", "digits", "--storage"), ("status",), ("rank",), ("resume",)])
+def test_a_place_that_may_not_be_read_is_one_message(tmp_path, verb):
+    locked = tmp_path / "locked"
+    (locked / "run").mkdir(parents=True)
+    locked.chmod(0)
+    # Without the right of root to read everything, which tests may have.
+    found = subprocess.run(
+        ("setpriv", "--bounding-set=-all", "--inh-caps=-all", COMMAND, *verb, str(locked / "run")),
+        capture_output=True, text=True, env=os.environ | {"HOME": str(tmp_path)},
+    )  # fmt: skip
+    locked.chmod(0o755)
+    assert "Traceback" not in found.stderr, found.stderr
+    assert found.returncode == 2
+    assert "ermission denied" in found.stderr
+    assert str(locked) in found.stderr
+
+
+def test_a_home_in_an_option_is_the_user_s(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    command("schedule", "plot", "--family", "cosine", "--start", "0", "--end", "1", "--out=~/x.png")
+    assert (tmp_path / "home" / "x.png").is_file()

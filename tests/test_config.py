@@ -70,6 +70,14 @@ def test_a_config_written_out_is_read_back_the_same():
         ("early_stopping.metric=fid", ["early_stopping.metric", "'frechet'", "got 'fid'"]),
         ("train.workers=2", ["runner: reuse", "train.workers is 2", "use runner: train"]),
         ("train.learning_rate=.nan", ["train.learning_rate", "finite", "got nan"]),
+        ("train.epochs=true", ["train: epochs must be a number, but got True"]),
+        ("space.dropout=yes", ["space: dropout must be a number, but got True"]),
+        ("space.dropout=1.5", ["space.dropout", "less than 1", "got 1.5"]),
+        ("space.learning_rate={low: -1, high: 1}", ["space.learning_rate", "greater than 0", "got -1"]),
+        ("space.families.cosine.tau=-1", ["tau > 0", "tau=-1"]),
+        ("space.families.linear.end={low: 2, high: 3}", ["linear", "end=3.0"]),
+        ("seed=4294967296", ["seed", "less than 4294967296", "got 4294967296"]),
+        ("train.schedule.steps=100000000000", ["train.schedule.steps", "less than or equal to 1000000"]),
         ("trials_per_gpu=0", ["trials_per_gpu: must be a number of trials, at least 1, or auto, but got 0"]),
         ("train.speed.bf16=maybe", ["train.speed.bf16: must be auto, true or false, but got 'maybe'"]),
         ("epochs", ["--set", "a.b=value", "'epochs'"]),
@@ -153,3 +161,13 @@ def test_rungs_are_epochs_strictly_below_the_last():
 def test_a_setting_that_no_training_has_is_refused_by_its_name(wrong):
     with pytest.raises(UserError, match=r"space\.train\..* is no setting of a training that takes"):
         load("digits", [wrong])
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path):
+    (tmp_path / "twice.yaml").write_text("train: {epochs: 3}\ntrials: 2\ntrain: {batch_size: 8}\n")
+    with pytest.raises(UserError, match="'train' is given twice"):
+        load(str(tmp_path / "twice.yaml"))
+
+
+def test_of_a_family_s_ranges_some_corner_must_be_a_schedule():
+    load("digits", ["space.families.cosine.start.low=-0.5"])  # others of its schedules are screened

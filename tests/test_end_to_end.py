@@ -229,7 +229,8 @@ def test_interrupting_keeps_what_is_done_and_says_how_to_go_on(environment, tmp_
             lambda: place.exists("trials.parquet") and any(row.state == "running" for row in Records.load(place)),
             process,
         )
-        assert "stop trial" in actors_in_the_dashboard(environment, (tmp_path / "out").read_text())
+        printed = (tmp_path / "out").read_text()
+        wait_for(lambda: "stop trial" in actors_in_the_dashboard(environment, printed), process)
         second = run(environment, "resume", str(tmp_path / "stop"))
         assert second.returncode == 2
         assert f"is being worked on by process {process.pid}" in second.stderr

@@ -79,7 +79,7 @@ def _digest(described: dict[str, Any], content: bytes) -> str:
 
 def names(storage: Storage) -> list[str]:
     """The folders checkpoint_<step>, oldest first (Ray Train keeps a checkpoint_manager_snapshot.json beside them)."""
-    return [name for name in storage.names() if re.fullmatch(r"checkpoint_\d+", name)]
+    return [name for name in storage.names() if re.fullmatch(r"checkpoint_\d{9}", name)]
 
 
 def latest(storage: Storage, of_a_rung: bool = False) -> tuple[Storage, Checkpoint] | None:

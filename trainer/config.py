@@ -1,7 +1,7 @@
 """What one training is: every setting of it, checked where it is built."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -16,11 +16,27 @@ from pydantic import (
 
 from trainer import schedules
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as NumPy and Optuna take them
+
 
 class Config(BaseModel):
     """Frozen, and refuses keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_truth_is_no_number(cls, tree: Any) -> Any:
+        for name, field in cls.model_fields.items() if isinstance(tree, dict) else ():
+            types = _types(field.annotation)
+            if isinstance(tree.get(name), bool) and bool not in types and types & {int, float}:
+                raise ValueError(f"{name} must be a number, but got {tree[name]}")
+        return tree
+
+
+def _types(annotation: Any) -> set[Any]:
+    """The types that an annotation names, however deep in unions."""
+    return {annotation}.union(*(_types(inner) for inner in get_args(annotation)))
 
 
 class ScheduleConfig(Config):
@@ -30,7 +46,7 @@ class ScheduleConfig(Config):
     start: float = 1e-4
     end: float = 0.02
     tau: float = 1.0
-    steps: int = Field(1000, ge=1, description="T, the number of diffusion steps")
+    steps: int = Field(1000, ge=1, le=1_000_000, description="T, the number of diffusion steps")
     space: Literal["alpha_bar", "beta"] = "alpha_bar"
 
     @model_validator(mode="after")
@@ -73,7 +89,7 @@ class DataConfig(Config):
     image_column: str | None = Field(None, description="of Parquet files; None is img or image")
     label_column: str = "label"
     skip_broken: bool = Field(False, description="leave out images that cannot be read; false stops at them")
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
     @field_validator("name")
     @classmethod
@@ -182,7 +198,7 @@ class TrainConfig(Config):
     checkpoint_epochs: int | None = Field(None, ge=1, description="a checkpoint is written after so many epochs")
     hang_seconds: int = Field(1800, ge=1, description="a worker that the others wait for longer has hung")
     speed: SpeedConfig = SpeedConfig()
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     workers: int = Field(1, ge=1, description="DDP workers of one training")
     min_workers: int | None = Field(
         None, ge=1, description="with how few it goes on where nodes are lost; None waits until all have a place"
