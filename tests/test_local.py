@@ -56,10 +56,12 @@ def fit(checkpoints: Storage, config=EVERY_EPOCH, **arguments: Any) -> list[int]
     return steps
 
 
-def stored() -> None:
+def stored() -> bool:
+    """Waits for what is being stored. False, as `stop`: then every step waits for it."""
     for thread in threading.enumerate():
         if thread.name == "checkpoint":
             thread.join()
+    return False
 
 
 @pytest.mark.slow
@@ -131,7 +133,7 @@ def test_two_checkpoints_are_kept_and_the_last_rungs_and_broken_ones_are_not_cou
         kept.append([int(name[-2:]) for name in checkpoint.names(checkpoints)])
 
     config = EVERY_EPOCH.model_copy(update={"epochs": 5})  # ends at steps 3, 6, 10, 13 and 17
-    assert fit(checkpoints, config, rungs=[1], log=log) == [3, 6, 10, 13, 17]
+    assert fit(checkpoints, config, rungs=[1], log=log, stop=stored) == [3, 6, 10, 13, 17]
     assert kept == [[11], [3, 11], [3, 6, 11], [3, 6, 10, 11], [3, 10, 13]]
     assert [int(name[-2:]) for name in checkpoint.names(checkpoints)] == [13, 17]
 
