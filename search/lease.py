@@ -87,4 +87,4 @@ def _lives(lease: dict[str, Any]) -> bool:
 def _pid_namespace() -> str:
     """Where a process's number means anything: containers may share a host name, each with numbers of its own."""
     namespace = Path("/proc/self/ns/pid")
-    return os.readlink(namespace) if namespace.is_symlink() else ""
+    return str(namespace.readlink()) if namespace.is_symlink() else ""
