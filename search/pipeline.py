@@ -64,7 +64,7 @@ def dry_run(
         "rungs": config.rung_epochs(),
         "metric": scorer.metric,
         "measured": dataclasses.asdict(measured),
-        "forecast": forecast if judge else forecast | {"final_stage_hours": 0.0},
+        "forecast": forecast if judge else forecast | {"final_stage_hours": 0.0, "confirm_hours": 0.0},
         "free_bytes": disk.free_bytes(run),
         "warning": disk.shortage(forecast["disk_bytes"], run),
     }
