@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from evaluation.analysis import NOT_RESUMED
 from search import samplers, space
 from search.budget import Budget
 from search.config import SearchConfig, UserError
@@ -95,8 +96,9 @@ class HonestOptunaSearch(Live, OptunaSearch):
         return str(Searcher.FINISHED)
 
     def over(self) -> str | None:
-        """Why no trial is begun any more, or None; what an earlier driver left unfinished is then stopped where it is.
+        """Why no trial is begun any more, or None. What an earlier driver left unfinished is then stopped where it is.
 
+        But what is past its last rung: that is finished first.
         Raises UserError where nothing in the space passes the screen.
         """
         if self.ended is None and self.budget:
@@ -108,12 +110,15 @@ class HonestOptunaSearch(Live, OptunaSearch):
                     f"{list(self.records)[-1].reason}; narrow space.families to schedules that reach pure noise"
                 )
             self.ended = f"the last {MAX_UNTRAINED_IN_A_ROW} suggestions held nothing new to train"
-        while self.ended and self._unfinished:
-            reason = f"not resumed: {self.ended}"
-            row = self.records.update(self._unfinished.pop(0).trial, state="stopped", reason=reason)
-            self._remember(row)
-            self._tell_reused(row)
-        return self.ended
+        if self.ended:
+            last = max(self.config.rung_epochs(), default=0)
+            short = [row for row in self._unfinished if not row.rungs or row.epoch < last]
+            self._unfinished = [row for row in self._unfinished if row not in short]
+            for row in short:
+                row = self.records.update(row.trial, state="stopped", reason=f"{NOT_RESUMED}{self.ended}")
+                self._remember(row)
+                self._tell_reused(row)
+        return None if self._unfinished else self.ended
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: rungs are told when a trial ends, from the record, the deciding one included."""

@@ -6,6 +6,7 @@ import pytest
 from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
+from evaluation import analysis
 from search import budget, tuner
 from search.budget import Budget
 from search.config import BudgetConfig, EarlyStoppingConfig, SearchConfig, load
@@ -97,6 +98,26 @@ def test_a_spent_search_begins_nothing_and_stops_what_was_left_unfinished(record
         (TrialState.PRUNED, {5: 7.0}), (TrialState.FAIL, {})
     ]  # fmt: skip
     assert tuner.trials_left(config, records) == config.trials - 2
+
+
+def test_what_the_budget_stops_is_known_by_its_reason(records, row):
+    records.add(row(worker_seconds=4000.0))
+    assert str(of(records, worker_hours=1).spent()).startswith(analysis.SHARE_SPENT)
+
+
+def test_a_trial_past_its_last_rung_is_finished_by_a_resumed_search_that_has_nothing_left_to_spend(records):
+    config = SearchConfig.model_validate(load("digits").model_dump() | {"reuse": {"alpha_bar": 0}})
+    first = HonestOptunaSearch(config, "frechet", records, None)
+    past, short = (first.suggest(f"id{index}")["trial"] for index in range(2))
+    for trial, epoch in ((past, 5), (past, 15), (short, 5)):
+        records.report(trial, {"epoch": epoch, "rung": True, "frechet": 7.0, "worker_seconds": 2000.0}, None)
+    again = HonestOptunaSearch(config, "frechet", records, None, of(records, worker_hours=1))
+    assert again.over() is None
+    assert (records[past].state, records[short].state) == ("running", "stopped")
+    assert str(records[short].reason).startswith(analysis.NOT_RESUMED)
+    assert again.suggest("new0")["trial"] == past
+    assert again.suggest("new1") == again.FINISHED
+    assert "budget.worker_hours" in str(again.over())
 
 
 def test_what_is_left_is_for_confirming_the_reserve_included(tmp_path, row):
