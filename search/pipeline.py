@@ -122,6 +122,9 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
             console.print(f"The search ended: {ended}.")
             table = watch.trials_table(records, scorer.metric, config.train.epochs)
             console.print(table, *watch.reasons(records), "", sep="\n")
+        else:
+            tuner.tidy(run, records)
+            tuner.mend_study(config, run, records, scorer.metric)
         if judge is None:
             console.print("No final stage: the data has no labels, and final.inception_weights is not given.")
         else:
