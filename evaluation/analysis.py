@@ -11,6 +11,8 @@ import numpy as np
 Row = dict[str, Any]  # one row of trials.parquet
 Span = tuple[float, float]  # Unix seconds, from and to
 
+NOT_RESUMED, SHARE_SPENT = "not resumed: ", "the search's share of budget."
+CUT_SHORT = (NOT_RESUMED, SHARE_SPENT)  # how the reason of a trial begins that was stopped, but not for being weak
 PAUSE_SECONDS = 900.0  # without any trial at work: then the search itself was interrupted
 COMPARABLE_SHARE = 0.75  # of the trials that were measured at all
 MIN_TRIALS = 16  # measured at one epoch, for importance
@@ -22,13 +24,16 @@ TREES = 16
 def savings(rows: Iterable[Row], epochs: int) -> tuple[float, float]:
     """Worker-seconds spent, and those that stopping early saved: epochs left times the mean cost of an epoch.
 
-    Screened, failed and reused trials count as neither: nothing was stopped for being weak.
+    Nothing is saved on those that the budget stopped, and a failed one, whose last epochs were not reported, is spent
+    but no measure of an epoch.
     """
     rows = list(rows)
     spent = sum(row["worker_seconds"] for row in rows)
-    done = sum(row["epoch"] for row in rows if row["worker_seconds"])
-    left = sum(max(0, epochs - row["epoch"]) for row in rows if row["state"] == "stopped")
-    return spent, left * spent / done if done else 0.0
+    measured = [row for row in rows if row["worker_seconds"] and row["state"] != "failed"]
+    done = sum(row["epoch"] for row in measured)
+    weak = [r for r in rows if r["state"] == "stopped" and not (r.get("reason") or "").startswith(CUT_SHORT)]
+    left = sum(max(0, epochs - row["epoch"]) for row in weak)
+    return spent, left * sum(row["worker_seconds"] for row in measured) / done if done else 0.0
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import json
 import time
 from typing import Any
 
+from evaluation.analysis import SHARE_SPENT
 from search.config import BudgetConfig
 from search.records import Live, Records
 from trainer.storage import Storage
@@ -32,7 +33,7 @@ class Budget(Live):
         ):
             share = (1 - self.config.reserve) * allowed if allowed is not None else float("inf")
             if used >= share:
-                return f"the search's share of budget.{name}, {share:.3g} of {allowed:.3g}, was spent"
+                return f"{SHARE_SPENT}{name}, {share:.3g} of {allowed:.3g}, was spent"
         return None
 
     def tick(self) -> None:

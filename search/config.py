@@ -1,7 +1,7 @@
 """SearchConfig: the whole YAML, composed of each package's own configuration."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -289,6 +289,13 @@ class SearchConfig(Config):
                 node = node[part]
             node[last] = {**node[last], **value} if isinstance(value, dict) else value
         return TrainConfig.model_validate(tree)
+
+    def variants(self) -> Iterator[tuple[str, TrainConfig]]:
+        """The base training, and it with each of the choices of space.train, with the prefix of its settings' names."""
+        yield "train.", self.train
+        for name, values in self.space.train.items():
+            for value in values:
+                yield f"space.train.{name}: ", self.training({name: value})
 
     def rung_epochs(self) -> list[int]:
         """Epochs, from 1, strictly below the last."""

@@ -37,6 +37,7 @@ def train_again(
     """
     records, parents, settings = plan(config, run, chosen)
     rest = budget.left(config.budget, run, found)
+    tuner.tidy(run.at(CONFIRM), records)
     left = tuner.trials_left(settings, records)
     if left and rest is None:
         console.print("Nothing is confirmed: the budget is spent.")

@@ -26,10 +26,15 @@ def disk_bytes(config: SearchConfig, checkpoint_bytes: int, at_once: int) -> int
 
 
 def expected_checkpoint_bytes(config: SearchConfig, shape: tuple[int, int, int]) -> int:
-    """Of weights, their averages and Adam's two moments, in float32: what a checkpoint is but for some kilobytes."""
+    """Of weights, their averages and Adam's two moments, in float32: what a checkpoint is but for some kilobytes.
+
+    Of the largest model and the most averages that space.train may choose.
+    """
+    variants = [training for _, training in config.variants()]
     with torch.device("meta"):
-        network = model.build(config.train.model, shape, config.train.dropout, seed=0)
-    return sum(p.numel() for p in network.parameters()) * 4 * (3 + len(config.train.ema_decays))
+        networks = [model.build(chosen, shape, 0.0, seed=0) for chosen in {training.model for training in variants}]
+    weights = max(sum(p.numel() for p in network.parameters()) for network in networks)
+    return weights * 4 * (3 + max(len(training.ema_decays) for training in variants))
 
 
 def free_bytes(run: Storage) -> int | None:

@@ -61,25 +61,27 @@ class RungScheduler(Live, FIFOScheduler):
         self.config, self.metric_name, self.rungs, self.epochs, self.records = config, metric, rungs, epochs, records
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        key = trial.config["trial"]
-        if failure := result.get("failure"):
-            self.records.update(key, state="failed", reason=failure)
-            return TrialScheduler.STOP
-        epoch = result.get("epoch")
+        key, epoch = trial.config["trial"], result.get("epoch")
         if epoch is None:
-            self.records.update(key, state="failed", reason="its process ended without a report")
+            row, failure = self.records[key], result.get("failure", "its process ended without a report")
+            if row.state == "running":  # what breaks after the last report harms nothing
+                seconds = max(row.worker_seconds, result.get("worker_seconds", 0.0))
+                self.records.update(key, state="failed", reason=failure, worker_seconds=seconds)
             return TrialScheduler.STOP
         root = f"{self.records.run.root}/"
         path = result.get("checkpoint_path")
         decided = self.records[key].rung(epoch) is not None  # a report that comes twice is compared once
-        row = self.records.report(key, result, path.removeprefix(root) if path else None)
-        if epoch >= self.epochs:
-            # Its process ends by itself: nothing of it is cut short by a stop.
-            self.records.update(key, state="completed", reason=None)
-        elif epoch in self.rungs and not decided and (reason := self._reason_to_stop(row, epoch)):
-            self.records.update(key, state="stopped", reason=reason)
-            return TrialScheduler.STOP
-        return TrialScheduler.CONTINUE
+
+        def decide(row: Row) -> dict[str, Any]:
+            if epoch >= self.epochs:
+                return {"state": "completed", "reason": None}
+            if epoch in self.rungs and not decided and (reason := self._reason_to_stop(row, epoch)):
+                return {"state": "stopped", "reason": reason}
+            return {}
+
+        row = self.records.report(key, result, path.removeprefix(root) if path else None, decide)
+        # The process of a completed one ends by itself: nothing of it is cut short by a stop.
+        return TrialScheduler.STOP if row.state == "stopped" else TrialScheduler.CONTINUE
 
     def _reason_to_stop(self, row: Row, epoch: int) -> str | None:
         """Why a trial that has just been scored at a rung does not go on; None where it does."""
@@ -115,4 +117,5 @@ class RungScheduler(Live, FIFOScheduler):
         file = Path(trial.local_path or "", "error.txt")
         lines = file.read_text(errors="replace").split("\n") if file.is_file() else []
         last = next((line.strip() for line in reversed(lines) if line.strip()), "its process ended with an error")
-        self.records.update(trial.config["trial"], reason=last[:300])
+        if self.records[trial.config["trial"]].state == "running":
+            self.records.update(trial.config["trial"], reason=last[:300])

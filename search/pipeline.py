@@ -73,7 +73,7 @@ def dry_run(
         "rungs": config.rung_epochs(),
         "metric": scorer.metric,
         "measured": dataclasses.asdict(measured),
-        "forecast": forecast if judge else forecast | {"final_stage_hours": 0.0},
+        "forecast": forecast if judge else forecast | {"final_stage_hours": 0.0, "confirm_hours": 0.0},
         "free_bytes": disk.free_bytes(run),
         "warning": disk.shortage(forecast["disk_bytes"], run),
     }
@@ -131,6 +131,9 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
             console.print(f"The search ended: {ended}.")
             table = watch.trials_table(records, scorer.metric, config.train.epochs)
             console.print(table, *watch.reasons(records), "", sep="\n")
+        else:
+            tuner.tidy(run, records)
+            tuner.mend_study(config, run, records, scorer.metric)
         if judge is None:
             console.print("No final stage: the data has no labels, and final.inception_weights is not given.")
         else:

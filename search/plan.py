@@ -1,6 +1,7 @@
 """What a run will cost, before it costs anything: `run --dry-run`, from steps that are really taken."""
 
 import dataclasses
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from evaluation.rung import RungScorer
 from evaluation.sampling import sample_images
 from search import space
 from search.config import Range, SearchConfig, Searched
-from search.disk import disk_bytes, size
+from search.disk import disk_bytes, expected_checkpoint_bytes, size
 from search.records import Records
 from search.searcher import HonestOptunaSearch
 from search.watch import schedule_label
@@ -34,7 +35,7 @@ class Measured:
     start_seconds: float  # a process with its imports and data
     step_seconds: float
     rung_seconds: float  # the scores of one EMA
-    checkpoint_bytes: int
+    checkpoint_bytes: int  # or what is expected of a larger choice of space.train
     image_seconds: float  # of the final stage: drawing and judging one image
     image_bytes: int  # what the final stage keeps of one image
     gpu_bytes: int = 0  # a GPU's memory that one training with its rungs takes, context and all; 0 on CPUs
@@ -59,6 +60,7 @@ def measure(config: SearchConfig, scorer: RungScorer, asked_at: float) -> Measur
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(Storage(folder), advance.state(), {"config": training.model_dump(mode="json")})
         checkpoint_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
+    checkpoint_bytes = max(checkpoint_bytes, expected_checkpoint_bytes(config, images.shape))
 
     denoiser, betas = advance.emas[0].model, schedules.betas(**training.schedule.model_dump())
 
@@ -145,7 +147,7 @@ def forecast(config: SearchConfig, measured: Measured, images: int, at_once: int
         "trial_hours": sum(parts) / 3600,
         "expected": hours(passed),
         "at_most": hours(1.0),
-        "confirm_hours": again * sum(parts) / at_once / 3600,
+        "confirm_hours": math.ceil(again / at_once) * sum(parts) / 3600,
         "final_stage_hours": drawn * measured.image_seconds / slots / 3600,
         "disk_bytes": disk_bytes(config, measured.checkpoint_bytes, at_once) + drawn * measured.image_bytes,
     }
@@ -174,6 +176,7 @@ def _range(searched: Searched) -> Any:
 def show(plan: dict[str, Any], console: Console) -> None:
     """The plan as a person reads it."""
     measured, cost = plan["measured"], plan["forecast"]
+    base = " (of the base training, as all hours here)" if plan["choices"] else ""
     console.print(f"Plan of {plan['run']}: nothing is written there, nothing is trained.\n")
     console.print("Space")
     for family, named in plan["space"].items():
@@ -193,7 +196,7 @@ def show(plan: dict[str, Any], console: Console) -> None:
         f"Measured         {measured['step_seconds'] * 1e3:.3g} ms a step, {measured['rung_seconds']:.3g} s a rung, "
         f"{measured['image_seconds'] * 1e3:.3g} ms an image of the final stage, {measured['start_seconds']:.3g} s a "
         f"process, {size(measured['checkpoint_bytes'])} a checkpoint\n"
-        f"One trial        {cost['trial_hours']:.3g} hours in full\n"
+        f"One trial        {cost['trial_hours']:.3g} hours in full{base}\n"
         f"Search           about {cost['expected']['search']:.3g} hours ({cost['expected']['workers']:.3g} of workers)"
         f", or {cost['at_most']['search']:.3g} ({cost['at_most']['workers']:.3g}) if no trial is stopped\n"
         + (f"Confirming       about {cost['confirm_hours']:.3g} hours\n" if cost["confirm_hours"] else "")

@@ -1,7 +1,7 @@
 """What a run needs before it starts: images that fit its configuration, a judge, and a metric to stop trials by."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from rich.console import Console
 
@@ -31,20 +31,12 @@ def preflight(config: SearchConfig, console: Console) -> Splits:
 
             data.prepare(config.train.data, progress)
         splits = data.load(config.train.data)
-        for where, training in _variants(config):
+        for where, training in config.variants():
             _check_fits(training, where, splits)
     except (ValueError, OSError) as error:
         message = str(error)
         raise UserError(f"train.{message}" if message.startswith("data.") else message) from error
     return splits
-
-
-def _variants(config: SearchConfig) -> Iterator[tuple[str, TrainConfig]]:
-    """The base training, and it with each of the choices of space.train, with the prefix of its settings' names."""
-    yield "train.", config.train
-    for name, values in config.space.train.items():
-        for value in values:
-            yield f"space.train.{name}: ", config.training({name: value})
 
 
 def _check_fits(training: TrainConfig, where: str, splits: Splits) -> None:

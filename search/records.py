@@ -6,7 +6,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ RUNG_METRICS = ("frechet", "score", "grid_loss")
 SMALL = 200  # rows; a larger table takes longer to write, and is not written at every change
 PART = 100  # rows that are turned into Arrow together
 PAUSE = 20  # times as long as a write took is waited before the next: at most a twentieth of the driver's time
+MOST_PAUSE_SECONDS = 10.0  # where a storage was away for a while, a write may have taken minutes
 
 SCHEMA = pa.schema(
     [
@@ -95,14 +96,14 @@ class Live:
 class Records:
     """The rows of a run. A new row is on disk before the call returns, and so is every change of a small table.
 
-    Changes of one of more than 200 rows are on disk within 20 times the seconds that a write takes. What a killed
-    driver loses of them, trials report again from their checkpoints when they are resumed.
+    Changes of one of more than 200 rows are on disk within 20 times the seconds that a write takes, and ten seconds at
+    most. What a killed driver loses of them, trials report again from their checkpoints when they are resumed.
     """
 
     def __init__(self, run: Storage, rows: dict[str, Row] | None = None):
         self.run = run
         self._rows = rows or {}
-        self._writing, self._later, self._pause_over = threading.Lock(), False, 0.0
+        self._writing, self._later, self._pause_over = threading.RLock(), False, 0.0
         self._parts: dict[int, tuple[list[Row], pa.Table]] = {}
 
     @classmethod
@@ -138,42 +139,67 @@ class Records:
         if len(self._rows) <= SMALL or pause <= 0:
             self._write()
         elif not self._later:
-            self._later = True
-            timer = threading.Timer(pause, self.flush)
-            timer.daemon = True
-            timer.start()
+            self._write_later(pause)
         return row
 
-    def report(self, trial: str, metrics: dict[str, Any], run_checkpoint: str | None) -> Row:
+    def report(
+        self,
+        trial: str,
+        metrics: dict[str, Any],
+        run_checkpoint: str | None,
+        decide: Callable[[Row], dict[str, Any]] = lambda row: {},
+    ) -> Row:
         """Notes a report. An epoch that comes twice, since a worker died after it, changes nothing.
 
         A score that is not finite is none: it cannot be ranked, nor told to Optuna, nor written as JSON.
+        decide(row with the report) gives what else is changed by it: both are on disk, or neither.
         """
         row = self._rows[trial]
         rungs = row.rungs
         if metrics.get("rung") and row.rung(metrics["epoch"]) is None:
             scores = {name: _finite(metrics.get(name)) for name in RUNG_METRICS}
             rungs = sorted([*rungs, {"epoch": metrics["epoch"], **scores}], key=lambda rung: rung["epoch"])
-        return self.update(
-            trial,
+        row = dataclasses.replace(
+            row,
             rungs=rungs,
             epoch=max(row.epoch, metrics["epoch"]),
             worker_seconds=max(row.worker_seconds, metrics["worker_seconds"]),
             checkpoint=run_checkpoint if run_checkpoint and metrics["epoch"] >= row.epoch else row.checkpoint,
         )
+        with self._writing:
+            self._rows = {**self._rows, trial: row}
+            return self.update(trial, **decide(row))
 
     def flush(self) -> None:
         """Writes what was put off; called before another driver may have the run."""
         if self._later:
             self._write()
 
+    def _write_later(self, pause: float) -> None:
+        def write() -> None:
+            try:
+                self.flush()
+            except OSError:  # nobody waits for it here, and flush() says it at the end where it is still so
+                self._write_later(MOST_PAUSE_SECONDS)
+
+        self._later = True
+        timer = threading.Timer(pause, write)
+        timer.daemon = True
+        timer.start()
+
     def _write(self) -> None:
         with self._writing:
-            self._later, began = False, time.monotonic()
+            began = time.monotonic()
             buffer = io.BytesIO()
             pq.write_table(self._table(), buffer)
-            self.run.write(FILE, buffer.getvalue())
-            self._pause_over = time.monotonic() + PAUSE * (time.monotonic() - began)
+            try:
+                self.run.write(FILE, buffer.getvalue())
+            except BaseException:
+                self._later = True
+                raise
+            self._later = False
+            pause = min(PAUSE * (time.monotonic() - began), MOST_PAUSE_SECONDS)
+            self._pause_over = time.monotonic() + pause
 
     def _table(self) -> pa.Table:
         """All rows; those parts of the table in which no row has changed are as they were."""

@@ -16,8 +16,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {"TPESampler": {"multivariate": True, "gro
 SHORT = {"tpe": "TPESampler", "random": "RandomSampler"}
 
 
-def make(config: SearchConfig, seed: int) -> BaseSampler:
-    """The sampler that `searcher` names, with its options. Raises UserError where there is none, or it refuses them."""
+def make(config: SearchConfig, drawn: int) -> BaseSampler:
+    """The sampler that `searcher` names, with its options, for a study that was told of `drawn` trials before.
+
+    Raises UserError where there is none, or it refuses them.
+    """
     name, options = SHORT.get(config.searcher.name, config.searcher.name), config.searcher.options
     named = {n: c for n, c in vars(optuna.samplers).items() if inspect.isclass(c) and issubclass(c, BaseSampler)}
     known = sorted(name for name, sampler in named.items() if not inspect.isabstract(sampler))
@@ -28,13 +31,24 @@ def make(config: SearchConfig, seed: int) -> BaseSampler:
         raise UserError(
             f"searcher.options.{min(unknown)}: {name} has no such option; its options are {', '.join(takes)}"
         )
-    settings = DEFAULTS.get(name, {}) | ({"seed": seed} if "seed" in takes else {}) | options
+    settings = DEFAULTS.get(name, {}) | ({"seed": config.seed} if "seed" in takes else {}) | options
     try:
+        if drawn and settings.get("seed") is not None:
+            settings["seed"] += drawn
+        if drawn and name == "QMCSampler":  # begins at its first point: another scrambling has other points
+            settings["scramble"] = True
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return named[name](**settings)
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise UserError(f"searcher.options of {name}: {error}") from error
+
+
+def take_up(study: optuna.Study) -> None:
+    """Lets a sampler that ends a study when all is tried see what an earlier driver has tried."""
+    if isinstance(study.sampler, optuna.samplers.BruteForceSampler):
+        for last in study.get_trials(deepcopy=False)[-1:]:
+            study.sampler.after_trial(study, last, last.state, last.values)
 
 
 def check(config: SearchConfig) -> None:

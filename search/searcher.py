@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any
 
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
+from evaluation.analysis import NOT_RESUMED
 from search import samplers, space
 from search.budget import Budget
 from search.config import SearchConfig, UserError
@@ -48,7 +50,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
             metric=metric,
             mode="max" if metric == "score" else "min",
             # A resumed search must not draw again what it drew before; a fresh one depends on the seed alone.
-            sampler=samplers.make(config, config.seed + len(records)),
+            sampler=samplers.make(config, drawn=len(records)),
             study_name=config.name,
             storage=ShortMemory(),
         )
@@ -62,11 +64,16 @@ class HonestOptunaSearch(Live, OptunaSearch):
         self._unfinished: list[Row] = []
         known_rows = [row for row in records if row.source == "known"]
         self._known = list(config.known_points[len(known_rows) :])
+        for trial in dict.fromkeys(row.same_as for row in records if row.same_as):
+            if records[trial].state == "failed":  # the driver died before it could see to them
+                self._settle(trial)
         for row in records:
             if row.state in OPEN:
                 self._unfinished.append(row)
             elif self._outcome(row).state not in OPEN:
                 self._remember(row)
+
+        samplers.take_up(self._ot_study)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """The next trial's configuration, after writing its row; screened and reused ones are noted on the way."""
@@ -95,8 +102,9 @@ class HonestOptunaSearch(Live, OptunaSearch):
         return str(Searcher.FINISHED)
 
     def over(self) -> str | None:
-        """Why no trial is begun any more, or None; what an earlier driver left unfinished is then stopped where it is.
+        """Why no trial is begun any more, or None. What an earlier driver left unfinished is then stopped where it is.
 
+        But what is past its last rung: that is finished first.
         Raises UserError where nothing in the space passes the screen.
         """
         if self.ended is None and self.budget:
@@ -108,12 +116,15 @@ class HonestOptunaSearch(Live, OptunaSearch):
                     f"{list(self.records)[-1].reason}; narrow space.families to schedules that reach pure noise"
                 )
             self.ended = f"the last {MAX_UNTRAINED_IN_A_ROW} suggestions held nothing new to train"
-        while self.ended and self._unfinished:
-            reason = f"not resumed: {self.ended}"
-            row = self.records.update(self._unfinished.pop(0).trial, state="stopped", reason=reason)
-            self._remember(row)
-            self._tell_reused(row)
-        return self.ended
+        if self.ended:
+            last = max(self.config.rung_epochs(), default=0)
+            short = [row for row in self._unfinished if not row.rungs or row.epoch < last]
+            self._unfinished = [row for row in self._unfinished if row not in short]
+            for row in short:
+                row = self.records.update(row.trial, state="stopped", reason=f"{NOT_RESUMED}{self.ended}")
+                self._remember(row)
+                self._tell_reused(row)
+        return None if self._unfinished else self.ended
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: rungs are told when a trial ends, from the record, the deciding one included."""
@@ -147,8 +158,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
         if reason := screen(self.config, row):
             return dataclasses.replace(row, state="screened", reason=reason)
         if found := twin(self.config, row, self.records):
-            reason = f"the same as {found[0]}: alpha_bar differs by {found[1]:.2g} at most"
-            return dataclasses.replace(row, state="reused", reason=reason, same_as=found[0])
+            return dataclasses.replace(row, state="reused", reason=_same(*found), same_as=found[0])
         return row
 
     def _exhausted(self) -> None:
@@ -180,23 +190,33 @@ class HonestOptunaSearch(Live, OptunaSearch):
         self._copy.add_trial(self._ot_study.tell(ot_trial, self._final(row), state=state))
 
     def _tell_reused(self, row: Row) -> None:
-        """A trial has ended: so have those that equal it. Where it failed, the first of them is trained instead."""
+        """A trial has ended: so have those that equal it. Where it failed, another is found or trained for them."""
         waiting = [other for other in self.records if other.same_as == row.trial]
-        if row.state == "failed" and waiting and self._has_room():
-            heir, *waiting = waiting
-            self._tell(heir.trial, heir)
-            self._unfinished.append(self.records.update(heir.trial, state="waiting", reason=None, same_as=None))
-            for other in waiting:
-                reason = str(other.reason).replace(row.trial, heir.trial, 1)
-                self.records.update(other.trial, same_as=heir.trial, reason=reason)
-            return
+        if row.state == "failed":
+            self._settle(row.trial)
         for other in waiting:
-            self._tell(other.trial, other)
+            now = self.records[other.trial]
+            if now.state in OPEN:
+                self._tell(other.trial, other)  # it is asked for once more when it begins
+                self._unfinished.append(now)
+            elif self._outcome(now).state not in OPEN:
+                self._tell(other.trial, now)
 
-    def _has_room(self) -> bool:
-        """Whether a training more may be begun, of those that the configuration allows."""
+    def _settle(self, failed: str) -> None:
+        """Each row that a failed trial was to speak for: another speaks for it, or it waits to be trained itself.
+
+        Those to be trained, as many as `trials` allows, are written last: until then all name the failed one, or one
+        that does, and a driver that comes after a kill finds them.
+        """
         begun = sum(row.state not in UNTRAINED for row in self.records)
-        return self.ended is None and begun < self.config.trials
+        heirs: list[Row] = []
+        for row in [row for row in self.records if row.same_as == failed]:
+            if found := twin(self.config, row, (*self.records, *heirs)):
+                self.records.update(row.trial, same_as=found[0], reason=_same(*found))
+            elif self.ended is None and begun + len(heirs) < self.config.trials:
+                heirs.append(dataclasses.replace(row, state="waiting", reason=None, same_as=None))
+        for heir in heirs:
+            self.records.update(heir.trial, state="waiting", reason=None, same_as=None)
 
     def _remember(self, row: Row) -> None:
         """Puts a finished row of an earlier run into the study, where the space holds it."""
@@ -242,7 +262,7 @@ def screen(config: SearchConfig, row: Row) -> str | None:
     return schedules.screen(**training.schedule.model_dump())
 
 
-def twin(config: SearchConfig, row: Row, records: Records) -> tuple[str, float] | None:
+def twin(config: SearchConfig, row: Row, records: Iterable[Row]) -> tuple[str, float] | None:
     """The trial that is this configuration but for rounding, and the largest difference of their alpha_bar; or None.
 
     Families are no bar: sigmoid and cosine curves can be one. A failed trial says nothing of another training.
@@ -258,6 +278,10 @@ def twin(config: SearchConfig, row: Row, records: Records) -> tuple[str, float] 
     ]
     difference, trial = min(near, default=(math.inf, ""))
     return (trial, difference) if difference < limits.alpha_bar else None
+
+
+def _same(trial: str, difference: float) -> str:
+    return f"the same as {trial}: alpha_bar differs by {difference:.2g} at most"
 
 
 def _alpha_bar(config: SearchConfig, row: Row) -> np.ndarray:

@@ -23,20 +23,25 @@ class RungReportCallback(TuneReportCallback):
             super().after_report(run_context, metrics, checkpoint)
 
 
+def _report_last_rung(checkpoints: Storage, training: TrainConfig) -> None:
+    """It was written, and perhaps not noted before a crash: training goes on behind it, and never comes here again."""
+    from trainer import checkpoint
+
+    found = checkpoint.latest(checkpoints, of_a_rung=True, of=training)
+    if found is not None:
+        tune.report({**found[1].meta["metrics"], "checkpoint_path": found[0].root})
+
+
 def in_ray_train(
     run: Storage, scorer: RungScorer, rungs: list[int], worker: dict[str, float]
 ) -> Callable[[dict[str, Any]], None]:
     """The function that Tune runs for each trial, whose config is {trial, train}: Ray Train with its worker group."""
 
     def trial(config: dict[str, Any]) -> None:
-        from trainer import checkpoint, ray_worker
+        from trainer import ray_worker
 
-        found = checkpoint.latest(run.at("train", config["trial"]), of_a_rung=True)
-        if found is not None:
-            # Written, and perhaps not noted before a crash: training goes on behind it, and never comes here again.
-            tune.report({**found[1].meta["metrics"], "checkpoint_path": found[0].root})
-        del found
         training = TrainConfig.model_validate(config["train"])
+        _report_last_rung(run.at("train", config["trial"]), training)
         ray_worker.fit(
             training,
             name=config["trial"],
@@ -64,6 +69,7 @@ def in_reused_process(run: Storage, scorer: RungScorer, rungs: list[int]) -> Cal
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         training = TrainConfig.model_validate(config["train"])
+        _report_last_rung(run.at("train", config["trial"]), training)
 
         def report(metrics: loop.Metrics, checkpoint: Storage) -> None:
             if metrics["rung"]:
@@ -84,7 +90,7 @@ def in_reused_process(run: Storage, scorer: RungScorer, rungs: list[int]) -> Cal
             if isinstance(error, OSError) and error.errno not in DISK_FULL:
                 raise  # the storage may be back when Tune tries again
             traceback.print_exc()
-            tune.report({"failure": failures.failure_reason(error), "rung": True})
+            tune.report(failures.failure_report(error))
         finally:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()  # the next trial's memory is its own

@@ -4,11 +4,12 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from ray import tune
 from ray.tune import Callback, Stopper
@@ -25,7 +26,7 @@ from search.disk import keep_what_is_asked_for
 from search.early_stopping import RungScheduler
 from search.gauges import Gauges
 from search.interrupt import Interrupt
-from search.records import ENDED, Live, Records
+from search.records import ENDED, Live, Records, Row
 from search.searcher import HonestOptunaSearch
 from search.watch import SearchView
 from trainer.storage import Storage
@@ -44,6 +45,23 @@ TUNE_ENVIRONMENT = {
 def trials_left(config: SearchConfig, records: Records) -> int:
     """Trainings still to be started or finished; what is screened or reused counts in no budget."""
     return max(0, config.trials - sum(row.state in ENDED for row in records))
+
+
+def tidy(run: Storage, records: Iterable[Row]) -> None:
+    """Deletes what is not kept of trials that have ended: a driver may have died before it did, or may just have."""
+    for row in records:
+        with contextlib.suppress(OSError):
+            keep_what_is_asked_for(run, row)
+
+
+def mend_study(config: SearchConfig, run: Storage, records: Records, metric: str) -> None:
+    """Writes the journal of a search that is over where it is lost, or lacks what came before its driver's death."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, JOURNAL)
+        HonestOptunaSearch(config, metric, records, JournalStorage(JournalFileBackend(str(file))))
+        whole = file.read_bytes()
+    if not run.exists(JOURNAL) or run.read(JOURNAL).count(b"\n") < whole.count(b"\n"):
+        run.write(JOURNAL, whole)
 
 
 def search(
@@ -87,9 +105,12 @@ def _tune(
     os.environ |= TUNE_ENVIRONMENT
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     journal = _fresh_journal(run)
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
+    storage = JournalStorage(JournalFileBackend(str(journal)))
     searcher = HonestOptunaSearch(config, metric, records, storage, budget)
-    if ended := searcher.over():  # a run that is resumed when there is nothing more to be done
+    ended = searcher.over()
+    tidy(run, records)
+    if ended:  # a run that is resumed when there is nothing more to be done
+        _copy_journal(run, journal)
         return ended
     limiter = ConcurrencyLimiter(searcher, max_concurrent=placement.at_once)  # as max_concurrent_trials makes it
     watcher = _Watcher(
@@ -125,8 +146,8 @@ def _tune(
     )
     with interrupt.awaited():
         tuner.fit()
-    watcher.tidy()
-    watcher.copy_journal()
+    tidy(run, [records[key] for key in watcher.ended])  # once more: one that is stopped may write one checkpoint more
+    _copy_journal(run, journal)
     if interrupt.requested:
         raise KeyboardInterrupt
     if not trials_left(config, records):
@@ -148,6 +169,11 @@ def _fresh_journal(run: Storage) -> Path:
     for name in (JOURNAL, f"{JOURNAL}.lock"):
         (folder / name).unlink(missing_ok=True)
     return folder / JOURNAL
+
+
+def _copy_journal(run: Storage, journal: Path) -> None:
+    if not run.is_local and journal.exists():
+        run.write(JOURNAL, journal.read_bytes())
 
 
 class _Stop(Live, Stopper):
@@ -180,10 +206,6 @@ class _Watcher(Live, Callback):
         self.room, self.gauges, self.looked = room, gauges, 0.0
         self.ended: set[str] = set()
 
-    def copy_journal(self) -> None:
-        if not self.run.is_local and self.journal.exists():
-            self.run.write(JOURNAL, self.journal.read_bytes())
-
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if time.monotonic() - self.looked > ROOM_SECONDS:
             self.looked = time.monotonic()
@@ -202,22 +224,15 @@ class _Watcher(Live, Callback):
         self.changed()
         self.gauges.note(trial.config["trial"], result)
 
-    def tidy(self) -> None:
-        """Once more at the end: a trial that is stopped may write one checkpoint more."""
-        for key in self.ended:
-            with contextlib.suppress(OSError):
-                keep_what_is_asked_for(self.run, self.records[key])
-
     def _ended(self, key: str) -> None:
         self.ended.add(key)
-        with contextlib.suppress(OSError):
-            keep_what_is_asked_for(self.run, self.records[key])
+        tidy(self.run, [self.records[key]])
         self.changed()
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._ended(trial.config["trial"])
         with contextlib.suppress(OSError):  # the study is a copy of the record; the next one will do
-            self.copy_journal()
+            _copy_journal(self.run, self.journal)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._ended(trial.config["trial"])

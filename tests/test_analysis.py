@@ -21,6 +21,19 @@ def test_savings_are_the_epochs_left_of_stopped_trials_at_the_mean_cost_of_an_ep
     assert analysis.savings([], epochs=90) == (0.0, 0.0)
 
 
+@pytest.mark.parametrize("reason", [f"{analysis.NOT_RESUMED}it is over", f"{analysis.SHARE_SPENT}hours was spent"])
+def test_what_the_budget_stopped_was_not_saved_by_early_stopping(reason):
+    rows = [row("a", epoch=90, worker_seconds=1800.0), row("b", "stopped", epoch=10, worker_seconds=200.0)]
+    rows[1]["reason"] = reason
+    assert analysis.savings(rows, epochs=90) == (2000.0, 0.0)
+
+
+def test_what_a_failed_trial_took_is_spent_and_no_measure_of_an_epoch():
+    rows = [row("a", epoch=90, worker_seconds=900.0), row("b", "stopped", epoch=10, worker_seconds=100.0)]
+    rows.append(row("c", "failed", epoch=0, worker_seconds=500.0))
+    assert analysis.savings(rows, epochs=90) == (1500.0, 80 * 10.0)
+
+
 def test_workers_are_idle_for_what_is_not_training_of_the_time_of_the_search():
     # two at once from 0 to 100, one alone to 150: 150 s of 2 x 2 workers, of which 500 worker-seconds were training
     found = analysis.occupation([(0, 100), (0, 150)], workers=2, worker_seconds=500.0)

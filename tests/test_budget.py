@@ -2,14 +2,21 @@
 
 from types import SimpleNamespace
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
+from rich.console import Console
 
+from cluster.capacity import Placement
+from evaluation import analysis
 from search import budget, tuner
 from search.budget import Budget
 from search.config import BudgetConfig, EarlyStoppingConfig, SearchConfig, load
 from search.early_stopping import RungScheduler
+from search.interrupt import Interrupt
 from search.records import Records
 from search.searcher import HonestOptunaSearch
 from trainer.storage import Storage
@@ -97,6 +104,68 @@ def test_a_spent_search_begins_nothing_and_stops_what_was_left_unfinished(record
         (TrialState.PRUNED, {5: 7.0}), (TrialState.FAIL, {})
     ]  # fmt: skip
     assert tuner.trials_left(config, records) == config.trials - 2
+
+
+def test_what_the_budget_stops_is_known_by_its_reason(records, row):
+    records.add(row(worker_seconds=4000.0))
+    assert str(of(records, worker_hours=1).spent()).startswith(analysis.SHARE_SPENT)
+
+
+def test_a_trial_past_its_last_rung_is_finished_by_a_resumed_search_that_has_nothing_left_to_spend(records):
+    config = SearchConfig.model_validate(load("digits").model_dump() | {"reuse": {"alpha_bar": 0}})
+    first = HonestOptunaSearch(config, "frechet", records, None)
+    past, short = (first.suggest(f"id{index}")["trial"] for index in range(2))
+    for trial, epoch in ((past, 5), (past, 15), (short, 5)):
+        records.report(trial, {"epoch": epoch, "rung": True, "frechet": 7.0, "worker_seconds": 2000.0}, None)
+    again = HonestOptunaSearch(config, "frechet", records, None, of(records, worker_hours=1))
+    assert again.over() is None
+    assert (records[past].state, records[short].state) == ("running", "stopped")
+    assert str(records[short].reason).startswith(analysis.NOT_RESUMED)
+    assert again.suggest("new0")["trial"] == past
+    assert again.suggest("new1") == again.FINISHED
+    assert "budget.worker_hours" in str(again.over())
+
+
+def test_what_a_killed_driver_left_of_ended_trials_is_tidied_by_the_next(tmp_path, row):
+    """One that it had stopped, and one that is stopped only now, since the budget is spent: no Ray is begun."""
+    rung = {"epoch": 5, "frechet": 9.0, "score": 1.0, "grid_loss": 0.1}
+    rows = {
+        name: row(name, state=state, epoch=5, rungs=[rung], checkpoint=f"train/{name}/checkpoint_000000100")
+        for name, state in (("t0000-cosine", "stopped"), ("t0001-cosine", "running"))
+    }
+    run = Storage(tmp_path)
+    for name in rows:
+        for step in (100, 120, 150):
+            run.write(f"train/{name}/checkpoint_{step:09d}/state.pt", b"x")
+    run.write_json(budget.FILE, {"seconds": 3500, "ended": None})
+    records = Records(run, rows)
+    config = load("digits", ["known_points=[]", "budget.hours=1"])
+    ended = tuner.search(
+        config, run, records, SimpleNamespace(metric="frechet"), Placement(1, {"CPU": 1}),
+        Budget(config.budget, run, records), Interrupt(), Console(quiet=True),
+    )  # fmt: skip
+    assert "budget.hours" in ended
+    assert [records[name].state for name in rows] == 2 * ["stopped"]
+    assert [run.names(f"train/{name}") for name in rows] == 2 * [["checkpoint_000000100"]]
+
+
+@pytest.mark.parametrize("damage", ["lost", "short"])
+def test_the_study_of_a_search_that_is_over_is_written_where_it_is_lost_or_short(tmp_path, row, damage):
+    run, config = Storage(tmp_path), load("digits")
+    rung = {"epoch": 45, "frechet": 4.0, "score": 1.0, "grid_loss": 0.1}
+    tried = dict(start=0.1, learning_rate=2e-3, dropout=0.05, state="completed", epoch=45, rungs=[rung])
+    records = Records(run, {name: row(name, **tried) for name in ("t0000-cosine", "t0001-cosine")})
+    tuner.mend_study(config, run, records, "frechet")
+    whole = run.read(tuner.JOURNAL)
+    if damage == "lost":
+        run.delete(tuner.JOURNAL)
+    else:
+        run.write(tuner.JOURNAL, whole[: whole.rstrip().rindex(b"\n") + 1])
+    tuner.mend_study(config, run, records, "frechet")
+    study = optuna.load_study(
+        study_name=config.name, storage=JournalStorage(JournalFileBackend(f"{tmp_path}/{tuner.JOURNAL}"))
+    )
+    assert [trial.value for trial in study.trials] == [4.0, 4.0]
 
 
 def test_what_is_left_is_for_confirming_the_reserve_included(tmp_path, row):

@@ -52,6 +52,15 @@ def test_the_newest_whole_one_is_found_and_broken_ones_are_named(folder, capsys)
         assert newest in capsys.readouterr().out
 
 
+def test_those_of_another_configuration_are_named_and_passed_over(folder, capsys):
+    assert checkpoint.latest(folder, of=CONFIG)[0].uri.endswith("checkpoint_000000010")
+    assert checkpoint.latest(folder, of=CONFIG.model_copy(update={"workers": 2})) is not None  # changes nothing learned
+    assert checkpoint.latest(folder, of=CONFIG.model_copy(update={"learning_rate": 1e-5})) is None
+    said = capsys.readouterr().out
+    assert said.count("of another configuration") == 2
+    assert "checkpoint_000000005" in said
+
+
 def test_ray_trains_own_file_beside_them_is_no_checkpoint(folder):
     folder.write("checkpoint_manager_snapshot.json", b"{}")
     assert checkpoint.names(folder) == ["checkpoint_000000005", "checkpoint_000000010"]

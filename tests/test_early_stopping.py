@@ -9,7 +9,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, MedianStoppingRule, Tri
 
 from search.config import EarlyStoppingConfig
 from search.early_stopping import RungScheduler, beats_median, goes_on
-from search.records import Records
+from search.records import FILE, Records
 from trainer.storage import Storage
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
@@ -179,6 +179,18 @@ def test_a_repeated_report_is_not_compared_with_itself(asha, records):
     assert [rung["frechet"] for rung in records["t0002"].rungs] == [1.9]
 
 
+def test_a_report_and_what_is_decided_by_it_are_one_write(asha, records, monkeypatch):
+    """A driver that is killed between two would go on with a trial that it had not yet stopped."""
+    for index, value in enumerate([3.0, 2.0, 1.0]):
+        decide(asha, f"t{index:04d}", 1, value)
+    writes, write = [], Storage.write
+    monkeypatch.setattr(Storage, "write", lambda self, *file: (writes.append(file[0]), write(self, *file)))
+    assert decide(asha, "t0003", 1, 2.5) == STOP
+    assert decide(asha, "t0000", 9, 2.5) == CONTINUE
+    assert writes == 2 * [FILE]
+    assert [Records.load(records.run)[key].state for key in ("t0003", "t0000")] == ["stopped", "completed"]
+
+
 def test_rungs_of_a_resumed_record_count(asha, records):
     for index, value in enumerate([3.0, 2.0, 1.0]):
         decide(asha, f"t{index:04d}", 1, value)
@@ -208,6 +220,23 @@ def test_a_training_that_cannot_go_on_has_failed_with_its_reason(asha, records):
 def test_a_process_that_ends_without_a_report_has_failed_and_harms_no_other(asha, records):
     assert asha.on_trial_result(None, tune_trial("t0000"), {"done": True}) == STOP
     assert (records["t0000"].state, records["t0000"].reason) == ("failed", "its process ended without a report")
+
+
+def test_what_breaks_after_the_last_report_changes_nothing(asha, records):
+    decide(asha, "t0000", 9, 1.0)
+    for late in ({"failure": "OSError: [Errno 28] No space left on device", "rung": True}, {"done": True}):
+        assert asha.on_trial_result(None, tune_trial("t0000"), late) == STOP
+    asha.on_trial_error(None, tune_trial("t0000"))
+    assert (records["t0000"].state, records["t0000"].reason) == ("completed", None)
+
+
+def test_what_a_failed_training_took_since_its_last_rung_is_on_record(asha, records):
+    decide(asha, "t0000", 1, 1.0)
+    asha.on_trial_result(None, tune_trial("t0000"), {"failure": "nan", "rung": True, "worker_seconds": 440.0})
+    assert records["t0000"].worker_seconds == 440.0
+    decide(asha, "t0001", 1, 1.0)
+    asha.on_trial_result(None, tune_trial("t0001"), {"failure": "RuntimeError: ", "rung": True, "worker_seconds": 0.0})
+    assert records["t0001"].worker_seconds == 1.0
 
 
 def test_the_checkpoint_is_kept_as_a_path_below_the_run(asha, records):

@@ -76,6 +76,14 @@ def test_training_goes_on_while_a_checkpoint_is_stored(held):
     assert_same_tensors(found[1].state, record(EVERY_EPOCH)["states"][10])
 
 
+def test_a_training_takes_over_nothing_of_another_configuration(tmp_path):
+    """As of a trial of the same name, where the trials table was restored from a copy older than the folders."""
+    other = EVERY_EPOCH.model_copy(update={"learning_rate": 3e-3})
+    assert fit(Storage(tmp_path), other) == [3, 6, 10]
+    assert fit(Storage(tmp_path)) == [3, 6, 10]
+    assert_same_tensors(checkpoint.latest(Storage(tmp_path))[1].state, record(EVERY_EPOCH)["states"][10])
+
+
 @pytest.mark.slow
 def test_what_the_storage_refuses_ends_the_training_and_the_one_before_is_gone_on_from(held):
     HeldFiles.go_on.set()

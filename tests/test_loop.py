@@ -171,8 +171,9 @@ def test_a_training_that_is_read_from_a_memory_map_is_the_same(tmp_path):
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_the_last_finite_one():
     with pytest.raises(
         loop.TrainingFailedError, match=r"the loss is (nan|inf) at step (\d+) \(epoch 1\); the last finite one"
-    ):
+    ) as failed:
         record(TINY.model_copy(update={"learning_rate": 1e30, "gradient_clip": 1e30}))
+    assert 0 < failed.value.worker_seconds < 60  # what it took until then
 
 
 def test_a_batch_larger_than_the_data_is_refused():

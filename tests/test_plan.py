@@ -68,6 +68,23 @@ def test_the_final_stage_is_drawn_by_all_workers():
     assert forecast("final.top=2", slots=2)["final_stage_hours"] == pytest.approx(0.1)
 
 
+def test_confirming_takes_as_long_as_the_trainings_that_cannot_be_made_at_once():
+    three = "final.confirm={top: 1, seeds: 3}"
+    assert [forecast(three, at_once=n)["confirm_hours"] for n in (1, 2, 3, 8)] == pytest.approx([3, 2, 1, 1])
+    assert forecast("final.confirm={top: 0, seeds: 3}")["confirm_hours"] == 0
+
+
+def test_the_disk_has_room_for_the_largest_choice():
+    wide = "{channels: [32, 64, 64], attention: [false, true, true], attention_head_dim: 16, norm_groups: 8}"
+    plain, choice, base = (
+        disk.expected_checkpoint_bytes(load("digits", settings), (1, 8, 8))
+        for settings in ([], [f"space.train.model=[{wide}]"], [f"train.model={wide}"])
+    )
+    assert plain < choice == base
+    both = [f"space.train.model=[{wide}]", "space.train.ema_decays=[[0.9], [0.9, 0.99]]"]
+    assert disk.expected_checkpoint_bytes(load("digits", both), (1, 8, 8)) == pytest.approx(base * 5 / 4)
+
+
 def test_the_disk_holds_one_checkpoint_of_each_ended_trial_and_more_of_running_ones():
     assert forecast("final.top=2")["disk_bytes"] == 1000 * (8 + 4) + 2 * 1000 * 10
     assert disk.disk_bytes(load("digits", ["trials=2", "train.epochs=1"]), 1000, at_once=8) == 2 * 4 * 1000

@@ -6,12 +6,14 @@ import json
 import math
 import subprocess
 import sys
+import threading
 import time
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from search import records as trials_table
 from search.config import UserError, load
 from search.records import CONFIG, FILE, SMALL, Records, open_run, read_run, storage_at
 from trainer.storage import Storage
@@ -89,6 +91,34 @@ def test_a_long_table_has_new_rows_at_once_and_changes_soon(records, row, monkey
     while time.monotonic() < end and [row.epoch for row in Records.load(records.run)].count(3) < SMALL:
         time.sleep(0.01)
     assert list(Records.load(records.run)) == list(records)
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["soon", "at the end"])
+def test_what_the_storage_refused_of_a_long_table_is_written_when_it_is_back(records, row, monkeypatch, asked):
+    monkeypatch.setattr(trials_table, "MOST_PAUSE_SECONDS", 60.0 if asked else 0.05, raising=False)
+    for index in range(SMALL + 1):
+        records._rows[f"t{index:04d}"] = row(f"t{index:04d}")
+    records.add(row("t9999"))
+    write, away, refused = Storage.write, threading.Event(), threading.Event()
+
+    def at_times(self: Storage, path: str, content: bytes) -> None:
+        if away.is_set():
+            refused.set()
+            raise OSError(28, "No space left on device")
+        write(self, path, content)
+
+    monkeypatch.setattr(Storage, "write", at_times)
+    away.set()
+    records._pause_over = time.monotonic() + 0.05
+    records.update("t9999", state="completed")
+    assert refused.wait(20)
+    away.clear()
+    if asked:
+        records.flush()
+    end = time.monotonic() + 10
+    while time.monotonic() < end and Records.load(records.run)["t9999"].state != "completed":
+        time.sleep(0.01)
+    assert Records.load(records.run)["t9999"].state == "completed"
 
 
 def test_a_repeated_epoch_changes_nothing(records, row):

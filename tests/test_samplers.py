@@ -5,6 +5,9 @@ from optuna import samplers as optuna_samplers
 
 from search import samplers
 from search.config import UserError, load
+from search.records import Records
+from search.searcher import HonestOptunaSearch
+from trainer.storage import Storage
 
 ON_A_GRID = (
     "space={families: {cosine: {start: 0.2, end: 1, tau: 1}}, learning_rate: 0.001, dropout: 0.1, "
@@ -36,6 +39,26 @@ def test_tpe_knows_of_families_and_of_running_trials_by_default():
 
 def test_a_brute_force_search_suits_a_space_of_choices():
     samplers.check(load("digits", ["searcher=BruteForceSampler", ON_A_GRID]))
+
+
+@pytest.mark.parametrize(
+    "searcher",
+    ["tpe", "random", "QMCSampler", "NSGAIISampler", "{name: tpe, options: {seed: 3}}",
+     "{name: random, options: {seed: 3}}", "{name: QMCSampler, options: {seed: 3, scramble: true}}"],
+)  # fmt: skip
+def test_a_resumed_search_suggests_nothing_again(tmp_path, searcher):
+    one = "space={families: {cosine: {}}}"
+    config = load("digits", [f"searcher={searcher}", one, "known_points=[]", "reuse={alpha_bar: 0}"])
+    for life in range(2):
+        records = Records.load(Storage(tmp_path))
+        search = HonestOptunaSearch(config, "frechet", records, None)
+        for index in range(12):
+            trial = search.suggest(f"{life}.{index}")["trial"]
+            report = {"epoch": 45, "rung": True, "frechet": float(index % 5), "worker_seconds": 1.0}
+            records.report(trial, report, None, lambda row: {"state": "completed"})
+            search.on_trial_complete(f"{life}.{index}")
+    rows = list(Records.load(Storage(tmp_path)))
+    assert len({(row.start, row.end, row.tau, row.learning_rate, row.dropout) for row in rows}) == len(rows) >= 24
 
 
 @pytest.mark.parametrize(

@@ -223,6 +223,9 @@ def test_a_search_by_brute_force_ends_when_all_is_tried(records):
     assert search.suggest("id2") == search.FINISHED
     assert sorted(row.settings["batch_size"] for row in records) == [32, 64]
     assert [one.state for one in told(search)] == 2 * [TrialState.COMPLETE]
+    again = make(Records.load(records.run), space=fixed, searcher="BruteForceSampler", reuse={"alpha_bar": 0})
+    assert again.suggest("new0") == again.FINISHED
+    assert len(again.records) == 2
 
 
 def test_a_score_is_made_large_and_a_distance_small(records, tmp_path):
@@ -467,6 +470,56 @@ def test_where_a_trial_fails_the_first_that_equals_it_is_trained_and_speaks_for_
     ended = [(one.state, one.value) for one in told(search) if one.state.is_finished()]
     assert ended.count((TrialState.COMPLETE, 4.0)) == 2  # the heir's, and that of the one that equals it
     assert (TrialState.FAIL, None) in ended
+
+
+class Killed(BaseException):
+    """The driver."""
+
+
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_after_a_kill_at_any_write_what_equals_a_failed_trial_is_trained_in_its_place(records, monkeypatch, writes):
+    known = [INSIDE, near(start=0.203), near(start=0.202)]
+    search = make(records, known)
+    failed, _ = suggest(search, "id0"), suggest(search, "id1")
+    records.update(failed, state="failed", reason="the loss is nan")
+    left, update = [writes], Records.update
+
+    def until_killed(self: Records, trial: str, **changes: Any) -> Any:
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        return update(self, trial, **changes)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Records, "update", until_killed)
+        if writes == 2:
+            search.on_trial_complete("id0")
+        else:
+            with pytest.raises(Killed):
+                search.on_trial_complete("id0")
+    again = Records.load(records.run)
+    rebuilt = make(again, known)
+    heir, other = list(again)[1:3]
+    assert (heir.state, heir.same_as, other.state, other.same_as) == ("waiting", None, "reused", heir.trial)
+    assert suggest(rebuilt, "new0") == heir.trial
+    assert suggest(rebuilt, "new1") == list(again)[3].trial
+    finish(rebuilt, "new0", "completed", 4.0)
+    assert [(one.params["cosine.start"], one.value) for one in told(rebuilt) if one.value == 4.0] == [
+        (0.203, 4.0), (0.202, 4.0)
+    ]  # fmt: skip
+
+
+def test_what_equalled_a_failed_trial_but_not_one_another_is_each_trained(records):
+    search = make(records, [INSIDE, near(start=0.215), near(start=0.185), near(start=0.213)])
+    suggest(search, "id0")
+    suggest(search, "id1")
+    assert [row.state for row in records][:4] == ["running", *3 * ["reused"]]
+    finish(search, "id0", "failed")
+    rows = list(records)[:4]
+    assert [row.state for row in rows] == ["failed", "waiting", "waiting", "reused"]  # 0.0158 from another
+    assert rows[3].same_as == rows[1].trial
+    curves = [schedules.alpha_bar(schedules.betas("cosine", row.start, 1)) for row in (rows[1], rows[3])]
+    assert f"differs by {schedules.largest_difference(*curves):.2g} at most" in str(rows[3].reason)
 
 
 def test_where_no_training_is_left_what_equals_a_failed_trial_stays_as_it_is(records):

@@ -82,14 +82,22 @@ def names(storage: Storage) -> list[str]:
     return [name for name in storage.names() if re.fullmatch(r"checkpoint_\d{9}", name)]
 
 
-def latest(storage: Storage, of_a_rung: bool = False) -> tuple[Storage, Checkpoint] | None:
-    """The newest whole checkpoint (or the newest of a rung) here; broken ones are named and passed over."""
+def latest(
+    storage: Storage, of_a_rung: bool = False, of: TrainConfig | None = None
+) -> tuple[Storage, Checkpoint] | None:
+    """The newest whole checkpoint (or the newest of a rung) here.
+
+    Broken ones, and those that learn otherwise than `of`, are named and passed over.
+    """
     for name in reversed(names(storage)):
         folder = storage.at(name)
         try:
             found = load(folder)
         except BrokenCheckpointError as error:
             print(f"{error}; trying the one before", flush=True)
+            continue
+        if of is not None and found.config.learned() != of.learned():
+            print(f"checkpoint {folder.uri} is of another configuration: it is passed over", flush=True)
             continue
         if not of_a_rung or found.meta.get("metrics", {}).get("rung"):
             return folder, found

@@ -1,8 +1,10 @@
 """What ends a training, said so that a user knows what to do."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,6 +23,8 @@ class Worker:
 class TrainingFailedError(Exception):
     """Training cannot go on, for a reason that every worker meets and a retry would meet again."""
 
+    worker_seconds = 0.0  # that it had taken until then, over all its lives
+
 
 class WorkerFailedError(TrainingFailedError):
     """This worker cannot go on; others may not know of it."""
@@ -33,6 +37,29 @@ class TooLittleMemoryError(WorkerFailedError):
 def failure_reason(error: Exception) -> str:
     """An error as the trials table says it."""
     return str(error) if isinstance(error, TrainingFailedError) else f"{type(error).__name__}: {error}"
+
+
+def failure_report(error: Exception) -> dict[str, Any]:
+    """What a trial reports in place of metrics: {failure, worker_seconds, rung}."""
+    seconds = error.worker_seconds if isinstance(error, TrainingFailedError) else 0.0
+    return {"failure": failure_reason(error), "worker_seconds": seconds, "rung": True}
+
+
+@contextlib.contextmanager
+def counted(meta: dict[str, Any], worker: Worker) -> Iterator[None]:
+    """Adds what a block takes all workers to meta["worker_seconds"]; a TrainingFailedError carries the sum."""
+    began = time.monotonic()
+
+    def add() -> None:
+        meta["worker_seconds"] += (time.monotonic() - began) * worker.world_size
+
+    try:
+        yield
+    except TrainingFailedError as error:
+        add()
+        error.worker_seconds = meta["worker_seconds"]
+        raise
+    add()
 
 
 @contextlib.contextmanager

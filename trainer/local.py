@@ -24,14 +24,14 @@ def fit(
     log: Callable[[loop.Metrics], None] = lambda metrics: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Trains from the newest whole checkpoint in `checkpoints`, or from the start, to the last epoch.
+    """Trains from the newest whole checkpoint of `config` in `checkpoints`, or from the start, to the last epoch.
 
     report(metrics, checkpoint) comes after each checkpoint is stored, on this thread. At rungs and at the end training
     waits for that, since there it may be stopped; elsewhere it goes on, and the report comes before the next one.
     Where the last checkpoint was stored but not reported, it is reported first.
     Raises TrainingFailedError, what storing raised, and InterruptedTrainingError after stop().
     """
-    found = checkpoint.latest(checkpoints)
+    found = checkpoint.latest(checkpoints, of=config)
     resume = found[1] if found else None
     if found is not None and resume is not None and resume.meta.get("metrics"):
         report(resume.meta["metrics"], found[0])

@@ -12,7 +12,7 @@ from torch import nn
 from trainer import data
 from trainer.checkpoint import Checkpoint
 from trainer.config import TrainConfig
-from trainer.failures import TrainingFailedError, Worker, explained
+from trainer.failures import TrainingFailedError, Worker, counted, explained
 from trainer.step import TrainStep
 
 Metrics = dict[str, Any]
@@ -97,9 +97,8 @@ def train(
 
         # Some steps at a time: losses stay on the device, and the host runs ahead of it, until the next look.
         while meta["step"] < last_step:
-            chunk_began = time.monotonic()
             done = []
-            with explained(config, worker):
+            with counted(meta, worker), explained(config, worker):
                 for step in range(meta["step"], min(meta["step"] + CHECK_STEPS, last_step)):
                     done.append(torch.stack(advance(step)))
                     asked = worker.rank == 0 and stop()
@@ -108,11 +107,10 @@ def train(
                 ended_epoch = epoch if meta["step"] + len(done) == last_step else 0
                 late = worker.rank == 0 and is_due(ended_epoch)
                 due, stopped = _agree(done, [late, asked], worker)
-            values = torch.stack(done).cpu()
-            _refuse_non_finite(torch.cat([losses[-1:], values[:, 0]]).numpy(), meta["step"] + len(done), epoch)
+                values = torch.stack(done).cpu()
+                _refuse_non_finite(torch.cat([losses[-1:], values[:, 0]]).numpy(), meta["step"] + len(done), epoch)
             losses, norms = torch.cat([losses, values[:, 0]]), torch.cat([norms, values[:, 1]])
             meta["step"] += len(done)
-            meta["worker_seconds"] += (time.monotonic() - chunk_began) * worker.world_size
             if meta["step"] < last_step and (due or stopped):
                 hand_over(_progress(meta, rung=False))
             if stopped and meta["step"] < last_step:
@@ -132,10 +130,9 @@ def train(
         }
         losses = norms = torch.zeros(0)
         if at_rung and score is not None:
-            scoring_began = time.monotonic()
-            if worker.rank == 0:
-                metrics |= _score(score, advance, config, device, every_decay=epoch == config.epochs, meta=meta)
-            meta["worker_seconds"] += (time.monotonic() - scoring_began) * worker.world_size
+            with counted(meta, worker):
+                if worker.rank == 0:
+                    metrics |= _score(score, advance, config, device, every_decay=epoch == config.epochs, meta=meta)
         metrics["worker_seconds"] = meta["worker_seconds"]
         if worker.rank == 0:
             log(metrics)

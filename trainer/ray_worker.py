@@ -17,12 +17,12 @@ from ray.train.v2.api.callback import UserCallback
 from trainer import checkpoint, data, loop
 from trainer.config import TrainConfig
 from trainer.event_log import EventLog
-from trainer.failures import TooLittleMemoryError, TrainingFailedError, WorkerFailedError, failure_reason
+from trainer.failures import TooLittleMemoryError, TrainingFailedError, WorkerFailedError, failure_report
 from trainer.storage import Storage
 from trainer.upload import Uploader, checkpoint_name
 
 MAX_WORKER_FAILURES = 3
-GAVE_UP = "gave_up.json"  # beside the checkpoints: {reason}, of a worker whose next life would fail as this one
+GAVE_UP = "gave_up.json"  # beside the checkpoints: the report of a worker whose next life would fail as this one
 # Ray 2.60 looks at which nodes there are every 20 s. A group that it starts before it knows of a loss finds no place
 # for all its workers, gives up after this long, and is started again with as many as there is place for.
 ELASTIC_START_SECONDS = 30
@@ -40,8 +40,8 @@ def fit(
 ) -> dict[str, Any]:
     """Trains in `config.workers` processes and returns the last reported metrics.
 
-    Checkpoints go to RUN/train/<name>; the same name goes on from the newest whole one there. A worker that dies
-    is replaced, up to three times; where its node is lost and min_workers allows it, the others go on without it.
+    Checkpoints go to RUN/train/<name>; the same name goes on from the newest whole one of `config` there. A worker that
+    dies is replaced, up to three times; where its node is lost and min_workers allows it, the others go on without it.
     `worker` is what each reserves, such as {"CPU": 1, "GPU": 1}. Metrics hold `failure` where training cannot go on:
     see TrainingFailedError.
     """
@@ -89,14 +89,14 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
     checkpoints = run.at("train", setup["name"])
-    found = checkpoint.latest(checkpoints) if worker.rank == 0 else None
-    gave_up = checkpoints.read_json(GAVE_UP)["reason"] if worker.rank == 0 and checkpoints.exists(GAVE_UP) else None
+    found = checkpoint.latest(checkpoints, of=config) if worker.rank == 0 else None
+    gave_up = checkpoints.read_json(GAVE_UP) if worker.rank == 0 and checkpoints.exists(GAVE_UP) else None
     # The same for all: a worker that is cut off from the others may be storing one while these look.
     newest, gave_up = ray.train.collective.broadcast_from_rank_zero((found[1].meta["step"] if found else None, gave_up))
     if gave_up is not None:
         if worker.rank == 0:
             checkpoints.delete(GAVE_UP)  # a search that is resumed with other settings may try again
-        ray.train.report({"failure": gave_up, "rung": True})
+        ray.train.report(gave_up)
         return
     if newest is not None and found is None:
         folder = checkpoints.at(checkpoint_name(newest))
@@ -150,7 +150,7 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
         everywhere = isinstance(error, TrainingFailedError) and not isinstance(error, WorkerFailedError)
         if not everywhere and (worker.world_size > 1 or isinstance(error, OSError)):
             if isinstance(error, TooLittleMemoryError):
-                checkpoints.write_json(GAVE_UP, {"reason": failure_reason(error)})
+                checkpoints.write_json(GAVE_UP, failure_report(error))
             raise
         traceback.print_exc()
-        ray.train.report({"failure": failure_reason(error), "rung": True})
+        ray.train.report(failure_report(error))
