@@ -103,7 +103,7 @@ def read_array(path: Path, name: str) -> tuple[np.ndarray | None, list[str]]:
 
 
 def _stack(encoded: list[bytes], path: Path) -> np.ndarray:
-    """As training reads them (trainer/ingest.py): what is scored is what a model would learn from. Grey where all are."""
+    """As training reads them (trainer/ingest.py), grey where all are: what is scored is what a model would learn."""
     from trainer.decode import decode
 
     if not encoded:

@@ -164,6 +164,7 @@ def score(path: Path, extractor: str, weights: Path | None, split_size: int) -> 
     return {
         "score_name": score_name,
         "score": {"mean": result.mean, "std": result.std},
+        "score_pool": scores.inception_score(probabilities, len(probabilities)).mean,
         "n": result.n_used,
         "dropped": result.dropped,
         "split_size": result.split_size,
