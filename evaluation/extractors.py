@@ -106,13 +106,18 @@ class Classifier:
     score_name = "classifier score"
 
     def extract(self, images: np.ndarray | Tensor, batch_size: int = 500) -> Extraction:
-        """uint8 (N, H, W, C) of the trained number of channels → Extraction with K classes and D = 64.
+        """uint8 (N, H, W, C) of the trained size and number of channels → Extraction with K classes and D = 64.
 
-        Raises ValueError where the shape or type is another.
+        Raises ValueError where the shape or type is another. What is known of the size is the short side.
         """
         batch = check_images(images)
         if batch.shape[3] != self.channels:
             raise ValueError(f"the classifier knows images of {self.channels} channels, but got {batch.shape[3]}")
+        if min(batch.shape[1:3]) != self.image_size:
+            raise ValueError(
+                f"the classifier knows images of {self.image_size} pixels on their short side, but got "
+                f"{min(batch.shape[1:3])}"
+            )
         device = self.net.head.weight.device
         return extract_with(batch, batch_size, device, self.net.features, self.net.head.weight, self.net.head.bias)
 
@@ -138,14 +143,14 @@ class Classifier:
             meta = folder.read_json("classifier.json")
             weights = folder.read("weights.safetensors")
             digest, version = meta.pop("sha256"), meta.pop("version")
-        except (OSError, ValueError, KeyError) as error:
+            if version != CLASSIFIER_VERSION or hashlib.sha256(weights).hexdigest() != digest:
+                raise ValueError("it is damaged, or of another version: delete it")
+            with torch.random.fork_rng(devices=[]):  # building layers draws initial weights
+                net = ClassifierNet(meta["channels"], meta["classes"], meta["image_size"])
+            net.load_state_dict(load_tensors(weights))
+            return cls(net.eval().requires_grad_(False), **meta)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{folder.uri} holds no readable classifier: {error}") from error
-        if version != CLASSIFIER_VERSION or hashlib.sha256(weights).hexdigest() != digest:
-            raise ValueError(f"{folder.uri} holds a damaged classifier, or one of another version: delete it")
-        with torch.random.fork_rng(devices=[]):  # building layers draws initial weights
-            net = ClassifierNet(meta["channels"], meta["classes"], meta["image_size"])
-        net.load_state_dict(load_tensors(weights))
-        return cls(net.eval().requires_grad_(False), **meta)
 
 
 def train_classifier(

@@ -103,21 +103,24 @@ def read_array(path: Path, name: str) -> tuple[np.ndarray | None, list[str]]:
 
 
 def _stack(encoded: list[bytes], path: Path) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+    """As training reads them (trainer/ingest.py), grey where all are: what is scored is what a model would learn."""
+    from trainer.decode import decode
 
     if not encoded:
         raise ValueError(f"no images at {path}; files of {', '.join(sorted(SUFFIXES))} are read")
     images = []
     for index, content in enumerate(encoded):
         try:
-            with Image.open(io.BytesIO(content)) as image:
-                images.append(np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB")))
-        except (UnidentifiedImageError, OSError) as error:
+            images.append(decode(content, None, None))
+        except MemoryError:
+            raise
+        except Exception as error:  # Pillow raises many, see trainer/ingest.py
             raise ValueError(f"image {index} of {path} cannot be read: {error}") from error
+    if len({image.shape[2] for image in images}) > 1:
+        images = [np.broadcast_to(image, (*image.shape[:2], 3)) for image in images]
     shapes = {image.shape for image in images}
     if len(shapes) > 1:
         raise ValueError(
             f"images at {path} must be of one shape, but are of {len(shapes)}, such as {sorted(map(str, shapes))[:3]}"
         )
-    stacked = np.stack(images)
-    return stacked if stacked.ndim == 4 else stacked[..., None]
+    return np.stack(images)

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import http.client
 import io
 import shutil
 import tempfile
@@ -36,7 +37,7 @@ class Inception:
         if not path.is_file():
             if weights is not None:
                 raise FileNotFoundError(f"no Inception weights at {path}: put {URL} there")
-            _download_inception(path)
+            _download_inception(path, sha256)
         content = path.read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         if digest != sha256:  # before anything reads the file as more than bytes
@@ -73,17 +74,23 @@ def inception_path() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / FILE
 
 
-def _download_inception(path: Path) -> None:
+def _download_inception(path: Path, sha256: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".download-", delete=False) as part:
-        try:
-            with urllib.request.urlopen(URL, timeout=30) as response:
-                shutil.copyfileobj(response, part)
-            part.close()
-            Path(part.name).replace(path)
-        except OSError as error:
-            Path(part.name).unlink()
-            raise FileNotFoundError(
-                f"no Inception weights at {path}, and {URL} cannot be reached ({error}): "
-                f"put the file {FILE} there, or name its path"
-            ) from error
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".download-", delete=False) as file:
+        part = Path(file.name)
+    try:
+        with urllib.request.urlopen(URL, timeout=30) as response, part.open("wb") as file:
+            shutil.copyfileobj(response, file)
+        # A connection that breaks off ends the body without an error.
+        digest = hashlib.sha256(part.read_bytes()).hexdigest()
+        if digest != sha256:
+            raise OSError(f"what came has SHA-256 {digest} and not {sha256}")
+        part.chmod(0o644)
+        part.replace(path)
+    except (OSError, http.client.HTTPException) as error:
+        raise FileNotFoundError(
+            f"no Inception weights at {path}, and {URL} does not give them ({error}): "
+            f"put the file {FILE} there, or name its path"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from evaluation.report_words import (
     label,
     number,
     sampler_words,
+    whole_splits,
 )
 
 
@@ -142,7 +143,8 @@ def _verdict(ranking: Mapping[str, Any]) -> str:
         f"<p><strong>{escape(best['trial'])}, {escape(label(best))}</strong> with learning rate "
         f"{number(best['learning_rate'], 3)} and dropout {number(best['dropout'], 2)} has the highest "
         f"{escape(ranking['score_name'])}{among}: <strong>{fixed(best['score']['mean'])}</strong> "
-        f"(95% confidence interval {interval(best['score']['ci'])}) from {ranking['images']:,} images. "
+        f"(95% confidence interval {interval(best['score']['ci'])}) from "
+        f"{whole_splits(ranking['images'], ranking.get('dropped', 0))}. "
     )
     if len(scored) == 1:
         text += "No other trial was ranked.</p>"
@@ -151,10 +153,12 @@ def _verdict(ranking: Mapping[str, Any]) -> str:
         tied = joined([escape(trial) for trial in best["tied_with"]]) if best["tied_with"] else ""
         text += f"it cannot be told apart from {tied}.</p>" if tied else "it can be told apart from every other.</p>"
     real, same = ranking["real"], best["at_real_n"]
+    dropped = real.get("dropped", 0)
+    theirs = f"The Fréchet distances of all {real['n']:,}" if dropped else "Their Fréchet distances"
     text += (
-        f"<p>The ceiling: {count(real['n'], 'real image')}, held out from training, score {fixed(real['score'])}; as "
-        f"many images of the winner score {fixed(same['score'])}. Their Fréchet distances to the training images are "
-        f"{fixed(real['frechet'])} and {fixed(same['frechet'])}.</p>"
+        f"<p>The ceiling: {whole_splits(real['n'], dropped, 'real image')}, held out from training, score "
+        f"{fixed(real['score'])}; as many images of the winner score {fixed(same['score'])}. {theirs} to the training "
+        f"images are {fixed(real['frechet'])} and {fixed(same['frechet'])}.</p>"
     )
     scope = (
         "The intervals include the spread between training seeds: they speak of the configuration."

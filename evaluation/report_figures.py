@@ -49,10 +49,22 @@ def final_grids(
         entry = ranked.get(trial) or {"rank": None, "score": None}
         rank = "" if entry["rank"] is None else f"{entry['rank']}. "
         score = "" if entry["score"] is None else f"<br>score {fixed(entry['score']['mean'])}"
-        figures.append((f"{rank}<strong>{escape(trial)}</strong><br>{escape(labels[trial])}{score}", samples[trial]))
+        name = f"{rank}<strong>{escape(trial)}</strong><br>{escape(labels[trial])}"
+        figures.append((f"{name}{score}{_which_training(entry)}", samples[trial]))
     grids = ((text, pictures.image_grid(images[:GRID_IMAGES]), images.shape[1]) for text, images in real + figures)
-    note = "Not chosen: the first of each. The same place in two trials' grids started from the same noise."
+    note = (
+        "The first images of each trial, not chosen; of one that was trained again, those of its best-scored training. "
+        "The same place in two trials' grids started from the same noise."
+    )
     return f'<p class="quiet">{note}</p>{_grids(grids)}{gone if lost else ""}'
+
+
+def _which_training(entry: Mapping[str, Any]) -> str:
+    """Whose images are shown under a score that is the mean of several trainings'."""
+    if not entry.get("confirmed") or not entry.get("best_seed"):
+        return ""
+    scored = sum(seed["score"] is not None for seed in entry.get("by_seed") or [])
+    return f"<br>images of {escape(entry['best_seed'])}" + (f", its best of {scored}" if scored else "")
 
 
 def rung_grids(

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -21,6 +20,7 @@ from evaluation.report_words import (
     reason,
     sampler_words,
     table,
+    whole_splits,
 )
 from trainer import schedules
 
@@ -37,54 +37,69 @@ def leaderboard(ranking: Mapping[str, Any] | None) -> str:
         return "<p>No trial has been scored by the final stage yet.</p>"
     images, real_n = ranking["images"], ranking["real"]["n"]
     score_name = escape(ranking["score_name"][:1].upper() + ranking["score_name"][1:])
-    quantities = (score_name, "Fréchet distance")
     diverse = any(entry.get("kid") for entry in ranking["trials"])
-    # A score depends on the number of images: what is measured at another number stands in columns of its own.
-    numbers = [images] if real_n == images else [images, real_n]
-    columns = [("", "n"), ("", "")]
-    columns += [(f"{quantity}<small>{images:,} images,<br>95% CI</small>", "n") for quantity in quantities]
-    columns += [("P(best)", "n"), ("Not told apart from", "")]
-    columns += [("KID × 1000<small>95% CI</small>", "n"), ("Precision, recall", "n")] if diverse else []
-    for n in numbers[1:]:
-        columns += [(f"{quantity}<small>{n:,} images</small>", "n") for quantity in quantities]
+    led = any(entry.get("to_next") for entry in ranking["trials"])
 
-    def diversity(values: Mapping[str, Any]) -> list[str]:
-        kid = values.get("kid")
-        if isinstance(kid, dict):
-            ci = [1000 * end for end in kid["ci"]]
-            said = f"{fixed(1000 * kid['value'])}{interval(ci, 'small')}"
-        else:
-            said = fixed(None if kid is None else 1000 * kid)
-        return [said, f"{fixed(values.get('precision'))}, {fixed(values.get('recall'))}"] if diverse else []
+    def of_images(n: int, dropped: int, more: str) -> list[tuple[str, str]]:
+        said = [(score_name, whole_splits(n, dropped)), ("Fréchet distance", count(n, "image"))]
+        return [(f"{quantity}<small>{number}{more}</small>", "n") for quantity, number in said]
+
+    # A score depends on the number of images: what is measured at another number stands in columns of its own.
+    columns = [("", "n"), ("", "")]
+    columns += of_images(images, ranking.get("dropped", 0), ",<br>95% CI")
+    columns += [("P(best)", "n")]
+    columns += [("Ahead of the next<small>95% CI</small>", "n")] if led else []
+    columns += [("Not told apart from", "")]
+    columns += [("KID × 1000<small>95% CI</small>", "n")] if diverse else []
+    columns += of_images(real_n, ranking["real"].get("dropped", 0), "") if real_n != images else []
+    columns += [(f"Precision, recall<small>{count(real_n, 'image')}</small>", "n")] if diverse else []
+
+    def at_real_n(values: Mapping[str, Any]) -> list[str]:
+        """At one number of images for all: recall grows with it."""
+        cells = [fixed(values.get("score")), fixed(values.get("frechet"))] if real_n != images else []
+        return cells + [f"{fixed(values.get('precision'))}, {fixed(values.get('recall'))}"] * diverse
 
     def reference(name: str, values: dict[str, Any]) -> tuple[str, list[str]]:
-        pair = [fixed(values["score"]), fixed(values["frechet"])]
-        main, *others = [pair if n == values["n"] else ["", ""] for n in numbers]
-        return "reference", ["", f"<strong>{name}</strong>", *main, "", "", *diversity(values), *chain(*others)]
+        main = [fixed(values["score"]), fixed(values["frechet"])] if real_n == images else ["", ""]
+        kid = values.get("kid")
+        cells = ["", f"<strong>{name}</strong>", *main, "", *[""] * led, ""]
+        return "reference", [*cells, *[fixed(None if kid is None else 1000 * kid)] * diverse, *at_real_n(values)]
 
     body = [reference("Real held-out images", ranking["real"])]
     for entry in ranking["trials"]:
-        score, frechet = entry["score"], entry["frechet"]
-        notes = [confirmation(entry), escape(reason(entry["reason"]))]
-        said = "".join(f"<small><em>{note}</em></small>" for note in notes if note)
-        trial = f"<strong>{escape(entry['trial'])}</strong><small>{settings(entry)}</small>{said}"
-        cells = [str(entry["rank"] or ""), trial]
-        cells += [f"<strong>{fixed(score['mean'])}</strong>{interval(score['ci'], 'small')}" if score else NOT_KNOWN]
-        cells += [f"{fixed(frechet['value'])}{interval(frechet['ci'], 'small')}" if frechet else NOT_KNOWN]
-        cells += [escape(chance(entry["p_best"])), "<br>".join(map(escape, entry["tied_with"])) or NOT_KNOWN]
-        cells += diversity(entry)
-        if len(numbers) > 1:
-            at = entry["at_real_n"] or {"score": None, "frechet": None}
-            cells += [fixed(at["score"]), fixed(at["frechet"])]
-        body.append(("", cells))
+        notes = [confirmation(entry), reason(entry["reason"])]
+        said = "".join(f"<small><em>{escape(note)}</em></small>" for note in notes if note)
+        cells = [
+            str(entry["rank"] or ""),
+            f"<strong>{escape(entry['trial'])}</strong><small>{settings(entry)}</small>{said}",
+        ]
+        cells += [_estimate(entry["score"], "mean", strong=True), _estimate(entry["frechet"], "value")]
+        cells += [escape(chance(entry["p_best"])), *[_estimate(entry.get("to_next"), "score")] * led]
+        cells += ["<br>".join(map(escape, entry["tied_with"])) or NOT_KNOWN]
+        cells += [_estimate(entry.get("kid"), "value", 1000)] * diverse
+        body.append(("", cells + at_real_n(entry["at_real_n"] or {})))
     body.append(reference("Gaussian noise", ranking["noise"]))
     return table(columns, body) + f'<p class="quiet">{escape(_judged(ranking))}</p>'
 
 
+def _estimate(found: Mapping[str, Any] | None, name: str, scale: float = 1.0, strong: bool = False) -> str:
+    """A value with its interval."""
+    if not found:
+        return NOT_KNOWN
+    value = fixed(scale * found[name])
+    ends = interval([scale * end for end in found["ci"]], "small")
+    return f"<strong>{value}</strong>{ends}" if strong else value + ends
+
+
 def confirmation(entry: Mapping[str, Any]) -> str:
-    """Of how many trainings a row speaks; nothing where it is one."""
-    seeds = entry.get("seeds") or []
-    return f"confirmed: the mean of {count(len(seeds), 'new training')}" if entry["confirmed"] and seeds else ""
+    """Of how many trainings a row speaks, and why not of more; nothing where it is one."""
+    again = [seed for seed in entry.get("by_seed") or [] if seed["trial"] != entry["trial"]]
+    failed = [seed for seed in again if seed["score"] is None]
+    reasons = "; ".join(dict.fromkeys(reason(seed["reason"]) for seed in failed))
+    if entry["confirmed"] and entry.get("seeds"):
+        said = f"confirmed: the mean of {count(len(entry['seeds']), 'new training')}"
+        return f"{said} ({len(failed)} of {len(again)} failed: {reasons})" if failed else said
+    return f"not confirmed: {len(failed)} of {len(again)} new trainings failed: {reasons}" if failed else ""
 
 
 def _judged(ranking: Mapping[str, Any]) -> str:

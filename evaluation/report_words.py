@@ -62,6 +62,11 @@ def count(n: int, noun: str) -> str:
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
+def whole_splits(n: int, dropped: int, noun: str = "image") -> str:
+    """The images that a score is of, where `dropped` of n are left over by whole splits."""
+    return count(n - dropped, noun) + (f" ({dropped:,} left over)" if dropped else "")
+
+
 def joined(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 

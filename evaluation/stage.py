@@ -180,8 +180,9 @@ def ranking(
     """Ranks what `draw` drew: the content of ranking.json but for the trials' parameters.
 
     notes: trial → reason, for trials that have no images. The real images are held-out ones; where they are fewer
-    than `config.images`, `at_real_n` has every trial's scores at their number, for a fair comparison. KID, precision
-    and recall (k = 3) compare with `real_images` training images.
+    than `config.images`, `at_real_n` has every trial's scores, precision and recall at their number, for a fair
+    comparison. KID, precision and recall (k = 3) compare with `real_images` training images; `score_pool` is the score
+    without splits; `dropped` images are left over by whole splits, and only by the score.
     """
     drawn = {c.trial: _read(run, c, config, reference) for c in candidates if c.trial not in notes}
     repeats = {c.trial: c.repeats for c in candidates}
@@ -196,35 +197,40 @@ def ranking(
     real_n = min(config.images, len(reference.held_out.features))
 
     def at(judged: Extraction, n: int) -> dict[str, Any]:
+        score = scores.inception_score(judged.probabilities[:n], config.split_size)
         return {
             "n": n,
-            "score": scores.inception_score(judged.probabilities[:n], config.split_size).mean,
+            "dropped": score.dropped,
+            "score": score.mean,
+            "score_pool": scores.inception_score(judged.probabilities[:n], n).mean,
             "frechet": scores.frechet_distance(judged.features[:n], reference.train),
         }
 
-    def neighbours(features: np.ndarray) -> dict[str, float | None]:
-        if min(len(features), len(train)) <= NEIGHBOURS:
-            return {"precision": None, "recall": None}
-        return dict(scores.precision_recall(features, train, NEIGHBOURS)._asdict())
+    def with_neighbours(judged: Extraction, n: int) -> dict[str, Any]:
+        if min(n, len(train)) <= NEIGHBOURS:
+            return at(judged, n) | {"precision": None, "recall": None}
+        return at(judged, n) | scores.precision_recall(judged.features[:n], train, NEIGHBOURS)._asdict()
 
     def real_row(judged: Extraction) -> dict[str, Any]:
-        return at(judged, real_n) | {
-            "kid": scores.kid(judged.features[:real_n], train).value,
-            **neighbours(judged.features[:real_n]),
-        }
+        return with_neighbours(judged, real_n) | {"kid": scores.kid(judged.features[:real_n], train).value}
 
     def row(trial: RankedTrial) -> dict[str, Any]:
         """A confirmed row's numbers are means over its seeds; `by_seed` has each, the first one too."""
         judged = [drawn[seed] for seed in trial.seeds]
+
+        def mean_at(n: int) -> dict[str, Any] | None:
+            return _mean([with_neighbours(seed, n) for seed in judged])
+
+        whole = mean_at(config.images)
         own = [name for name, of in repeats.items() if trial.trial in (name, of)]
         lost = {"n": 0, "score": None, "frechet": None}
         return trial.to_dict() | {
-            "at_real_n": _mean([at(seed, real_n) for seed in judged]),
+            "at_real_n": whole if real_n == config.images else mean_at(real_n),
             "by_seed": [
                 (at(drawn[name], config.images) if name in drawn else lost) | {"trial": name, "reason": notes.get(name)}
                 for name in own
             ],
-            **(_mean([neighbours(seed.features) for seed in judged]) or {}),
+            **{name: whole and whole[name] for name in ("score_pool", "precision", "recall")},
         }
 
     n = min(config.split_size, config.images)

@@ -228,8 +228,11 @@ def score(
         return
     value = result["score"]
     spread = "" if value["std"] is None else f" ± {value['std']:.4f} between splits"
+    left = f", {result['dropped']:,} left over" if result["dropped"] else ""
+    pool = f"; all {result['n'] + result['dropped']:,} as one pool {result['score_pool']:.4f}"
     console.print(
-        f"{result['score_name']} {value['mean']:.4f}{spread}  (N {result['n']:,}, split size {result['split_size']:,})"
+        f"{result['score_name']} {value['mean']:.4f}{spread}  "
+        f"(N {result['n']:,}, split size {result['split_size']:,}{left}{pool})"
     )
 
 

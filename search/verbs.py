@@ -142,18 +142,21 @@ def sample(folder: Path, out: Path, images: int, sampler: str, steps: int, seed:
 
 def score(path: Path, extractor: str, weights: Path | None, split_size: int) -> dict[str, Any]:
     """The score of images, or of stored probabilities or logits, as `score --json` prints it."""
+    import torch
+
     from evaluation import extractors, files, inception, scores
     from trainer.storage import Storage
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         probabilities = _stored_probabilities(path)
         name, score_name = "stored", "score of stored probabilities"
         if probabilities is None:
             drawn = files.read_images(path)
             if extractor == "inception":
-                judge: Any = inception.Inception(weights)
+                judge: Any = inception.Inception(weights, device)
             else:
-                judge = extractors.Classifier.load(Storage(extractor))
+                judge = extractors.Classifier.load(Storage(extractor)).to(device)
             name, score_name = judge.name, judge.score_name
             probabilities = judge.extract(drawn).probabilities
         result = scores.inception_score(probabilities, split_size)
@@ -162,6 +165,7 @@ def score(path: Path, extractor: str, weights: Path | None, split_size: int) -> 
     return {
         "score_name": score_name,
         "score": {"mean": result.mean, "std": result.std},
+        "score_pool": scores.inception_score(probabilities, len(probabilities)).mean,
         "n": result.n_used,
         "dropped": result.dropped,
         "split_size": result.split_size,

@@ -278,6 +278,11 @@ def test_logits_score_as_their_probabilities_and_a_remainder_is_said(command, tm
     one, other = (json.loads(command("score", f"{name}.npz", "--split-size", "10", "--json")[1]) for name in "lp")
     assert one["score"]["mean"] == pytest.approx(other["score"]["mean"], rel=1e-9)
     assert (one["n"], one["dropped"]) == (20, 5)
+    pool = float(np.exp(np.sum(probabilities * np.log(probabilities / probabilities.mean(0)), axis=1).mean()))
+    assert one["score_pool"] == pytest.approx(pool, rel=1e-9)
+    said = command("score", "l.npz", "--split-size", "10")[1]
+    assert f"(N 20, split size 10, 5 left over; all 25 as one pool {pool:.4f})" in said
+    assert "left over" not in command("score", "l.npz", "--split-size", "25")[1]
 
 
 def test_a_plot_of_schedules_is_written(command, tmp_path):

@@ -1,9 +1,11 @@
 import hashlib
+import http.server
 import io
 import json
 import pickle
 import threading
 import urllib.error
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +180,8 @@ def test_images_and_labels_of_another_form_are_refused(untrained):
         untrained.extract(images / 255)
     with pytest.raises(ValueError, match="1 channels, but got 3"):
         untrained.extract(np.repeat(images[:2], 3, axis=3))
+    with pytest.raises(ValueError, match="8 pixels on their short side, but got 32"):
+        untrained.extract(np.repeat(np.repeat(images[:2], 4, axis=1), 4, axis=2))
     with pytest.raises(ValueError, match=r"every class 0\.\.9"):
         train_classifier([images[labels != 4]], labels[labels != 4], held_out, truth)
     with pytest.raises(ValueError, match="1437 integers"):
@@ -207,9 +211,15 @@ def test_damaged_classifier_is_refused_and_made_again(untrained, tmp_path):
         Classifier.load(Storage(folder))
     assert same_weights(cached_classifier(tmp_path, "key", lambda: untrained), untrained)
     assert same_weights(Classifier.load(Storage(folder)), untrained)
-    (folder / "classifier.json").write_text(json.dumps({"version": 0}))
-    with pytest.raises(ValueError, match="no readable classifier"):
-        Classifier.load(Storage(folder))
+    meta = json.loads((folder / "classifier.json").read_text())
+    for name in meta:
+        (folder / "classifier.json").write_text(json.dumps({key: value for key, value in meta.items() if key != name}))
+        with pytest.raises(ValueError, match="no readable classifier"):
+            Classifier.load(Storage(folder))
+    for content in ("[]", "7", json.dumps(meta | {"classes": 3}), json.dumps(meta | {"more": 1}), "\xff"):
+        (folder / "classifier.json").write_text(content)
+        with pytest.raises(ValueError, match="no readable classifier"):
+            Classifier.load(Storage(folder))
 
 
 def test_cached_classifier_is_made_once_a_key(untrained, tmp_path):
@@ -284,6 +294,44 @@ def test_missing_inception_weights_are_named(tmp_path, monkeypatch):
     assert list(inception_path().parent.iterdir()) == []
     with pytest.raises(FileNotFoundError, match=inception_v3.URL):
         Inception(tmp_path / "mine.pth")
+
+
+@pytest.fixture
+def address(monkeypatch) -> Iterator[list[bytes | None]]:
+    """What the address of the weights answers, one content a download; None breaks off half way."""
+    answers: list[bytes | None] = []
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content = answers.pop(0)
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"x" * 500 if content is None else content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setattr(inception_v3, "URL", f"http://127.0.0.1:{server.server_port}/weights.pth")
+        yield answers
+        server.shutdown()
+        thread.join()
+
+
+def test_a_download_that_breaks_off_or_brings_something_else_is_not_kept_and_the_next_one_is(tmp_path, address):
+    weights, path = b"w" * 1000, tmp_path / "new" / "weights.pth"
+    address += [None, b"n" * 1000, weights]
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match=f"no Inception weights at {path}.*SHA-256.*put the file"):
+            inception_v3._download_inception(path, hashlib.sha256(weights).hexdigest())
+        assert list(path.parent.iterdir()) == []
+    inception_v3._download_inception(path, hashlib.sha256(weights).hexdigest())
+    assert path.read_bytes() == weights
+    assert [file.name for file in path.parent.iterdir()] == ["weights.pth"]
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 @pytest.fixture(scope="module")

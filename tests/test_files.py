@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from evaluation.files import check_out, parquet_of, read_array, read_images, write_images
+from trainer.decode import decode
 
 
 def noise(n: int = 5, size: int = 8, channels: int = 3) -> np.ndarray:
@@ -80,6 +81,53 @@ def test_what_holds_no_images_is_refused(tmp_path, name, content, says):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=says):
         read_images(tmp_path / name)
+
+
+def sixteen_bits() -> Image.Image:
+    return Image.fromarray(np.full((8, 8), 0x8000, np.uint16))
+
+
+def transparent() -> Image.Image:
+    return Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+
+
+def turned() -> Image.Image:
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+    image.getexif()[0x0112] = 6  # a quarter turn
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "first"),
+    [
+        (sixteen_bits(), 128),
+        (transparent(), 255),
+        (turned(), 56),
+        (Image.new("RGB", (8, 8), (10, 20, 30)).quantize(2), 10),
+        (Image.new("LA", (8, 8), (0, 0)), 255),
+    ],
+    ids=["16 bits", "transparent", "turned", "palette", "grey and transparent"],
+)
+def test_images_are_read_as_training_reads_them(tmp_path, image, first):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=image.getexif())
+    (tmp_path / "x.png").write_bytes(buffer.getvalue())
+    read = read_images(tmp_path)
+    np.testing.assert_array_equal(read[0], decode(buffer.getvalue(), None, None))
+    assert read[0, 0, 0, 0] == first
+
+
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(np.full((8, 8), 0.5, np.float32)).save(tmp_path / "x.tiff")
+    with pytest.raises(ValueError, match=r"image 0 of .* floating-point"):
+        read_images(tmp_path)
+
+
+def test_grey_images_among_colour_ones_are_repeated_to_three_channels(tmp_path):
+    grey, colour = noise(1, channels=1)[0], noise(1)[0]
+    Image.fromarray(grey[..., 0]).save(tmp_path / "a.png")
+    Image.fromarray(colour).save(tmp_path / "b.png")
+    np.testing.assert_array_equal(read_images(tmp_path), [np.repeat(grey, 3, axis=2), colour])
 
 
 def test_a_folder_without_images_or_with_a_broken_one_is_refused(tmp_path):

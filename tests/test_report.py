@@ -268,12 +268,60 @@ def test_settings_beyond_the_schedule_are_shown():
 
 
 def test_a_confirmed_row_says_of_how_many_trainings():
-    own = {"kid": {"value": 0.0012, "ci": [0.001, 0.0014]}, "precision": 0.8, "recall": 0.71}
-    first = entry(1, "t1", confirmed=True, seeds=["a", "b", "c"], best_seed="b", **own)
-    text = Page(render([], ranking(first, entry(2, "t0")))).text
-    assert "confirmed: the mean of 3 new trainings" in text
+    first = entry(1, "t1", confirmed=True, seeds=["a", "b", "c"], best_seed="b")
+    assert "confirmed: the mean of 3 new trainings" in Page(render([], ranking(first, entry(2, "t0")))).text
+
+
+def by_seed(trial: str, *scores: float | None) -> list[dict[str, Any]]:
+    names = [trial, *(f"{trial}-seed{i}" for i in range(1, len(scores)))]
+    return [
+        {"trial": name, "score": score, "reason": None if score else "the <loss> is nan"}
+        for name, score in zip(names, scores, strict=True)
+    ]
+
+
+def test_images_of_a_confirmed_row_are_said_to_be_its_best_training_s_and_a_failed_one_is_named():
+    own = {"seeds": ["t1-seed1", "t1-seed2"], "best_seed": "t1-seed2", "by_seed": by_seed("t1", 9.4, 9.5, 9.6, None)}
+    ranked = ranking(entry(1, "t1", confirmed=True, **own), entry(2, "t0"))
+    text = Page(render(ROWS, ranked, samples={"t1": IMAGES, "t0": IMAGES})).text
+    assert "score 9.50 images of t1-seed2, its best of 3" in text
+    assert text.count("its best of") == 1
+    assert "confirmed: the mean of 2 new trainings (1 of 3 failed: the <loss> is nan)" in text
+    lost = entry(1, "t1", by_seed=by_seed("t1", 9.4, None, 9.5, None))
+    assert "not confirmed: 2 of 3 new trainings failed: the <loss> is nan" in Page(render([], ranking(lost))).text
+
+
+def test_precision_and_recall_are_compared_at_one_number_of_images():
+    same = {"n": 360, "score": 9.21, "frechet": 7.9, "precision": 0.8, "recall": 0.71}
+    own = {"kid": {"value": 0.0012, "ci": [0.001, 0.0014]}, "precision": 0.79, "recall": 0.95, "at_real_n": same}
+    real = {"n": 360, "score": 9.77, "frechet": 1.25, "kid": 0.0001, "precision": 0.9, "recall": 0.88}
+    text = Page(render([], ranking(entry(1, "t1", **own), real=real))).text
+    assert "Precision, recall 360 images" in text
     assert "1.20 1.00 to 1.40" in text
     assert "0.80, 0.71" in text
+    assert "0.90, 0.88" in text
+    assert "0.95" not in text
+
+
+def test_what_is_left_over_by_whole_splits_is_said_wherever_a_score_is():
+    real = {"n": 7000, "dropped": 2000, "score": 9.77, "frechet": 1.25}
+    ranked = ranking(entry(1, "t1"), images=8000, dropped=3000, real=real)
+    text = Page(render([], ranked)).text
+    assert "from 5,000 images (3,000 left over)" in text
+    assert "5,000 real images (2,000 left over), held out from training, score 9.77" in text
+    assert "Fréchet distances of all 7,000 to the training images" in text
+    assert "Classifier score 5,000 images (3,000 left over), 95% CI" in text
+    assert "Classifier score 5,000 images (2,000 left over)" in text
+    assert "Fréchet distance 8,000 images, 95% CI" in text
+    assert "left over" not in Page(full()).text
+
+
+def test_the_lead_over_the_next_is_shown_where_it_is_known():
+    first = entry(1, "t1", to_next={"score": 0.123, "ci": [-0.05, 0.3]})
+    text = Page(render([], ranking(first, entry(2, "t0", to_next=None)))).text
+    assert "Ahead of the next 95% CI" in text
+    assert "0.12 -0.05 to 0.30" in text
+    assert "Ahead of the next" not in Page(full()).text
 
 
 @pytest.mark.slow

@@ -185,7 +185,13 @@ def test_a_ranking_says_what_its_numbers_are_and_agrees_with_the_scores(run, jud
         assert row["kid"]["ci"] == pytest.approx(kid.ci)
         shares = scores.precision_recall(judged.features, judge.train_features)
         assert (row["precision"], row["recall"]) == shares
-        assert row["at_real_n"]["n"] == ranked["real"]["n"] == 30
+        assert row["score_pool"] == pytest.approx(scores.inception_score(judged.probabilities, 50).mean)
+        same = row["at_real_n"]
+        assert (same["n"], same["dropped"]) == (ranked["real"]["n"], ranked["real"]["dropped"]) == (30, 10)
+        shares = scores.precision_recall(judged.features[:30], judge.train_features)
+        assert (same["precision"], same["recall"]) == shares
+    whole = stage.ranking(run, candidates, CONFIG.model_copy(update={"images": 25, "split_size": 25}), judge, {})
+    assert whole["trials"][0]["at_real_n"]["recall"] == whole["trials"][0]["recall"]
 
 
 def test_fewer_images_than_a_split_are_one_split_that_says_its_size(run, judge):
