@@ -92,7 +92,28 @@ def test_stratified_split_keeps_each_class_share_within_one_image(seed):
         assert len(chosen) == count
         np.testing.assert_array_equal(np.sort(np.concatenate([chosen, others])), np.arange(1000))
         share = np.bincount(labels, minlength=classes) * count / 1000
-        assert np.abs(np.bincount(labels[chosen], minlength=classes) - share).max() < 1
+        more = np.bincount(labels[chosen], minlength=classes) - share
+        assert more.max() < 1
+        scarce = (share > 0) & (share < 1)  # large classes may give up one for each of these: see the next test
+        assert more.min() > -1 - (scarce.sum() if (share > 0).sum() <= count else 0)
+
+
+def test_every_class_is_among_the_chosen_where_there_are_enough():
+    labels = np.repeat(np.arange(12), [20, 20, *[1] * 10])
+    for seed in range(8):
+        for count in (12, 30, 40, 49):
+            of_each = np.bincount(labels[data.split(labels, 50, count, seed)[0]], minlength=12)
+            assert of_each.min() == 1
+            assert abs(of_each[0] - of_each[1]) <= 1
+    assert np.bincount(labels[data.split(labels, 50, 11, 0)[0]], minlength=12).sum() == 11
+
+
+def test_a_class_of_one_image_is_trained_on(tmp_path):
+    for i in range(30):
+        save(tmp_path / ("many" if i < 20 else f"one-{i}") / f"{i}.png", noise(i, 8, 8))
+    splits = data.load(DataConfig(name=f"folder:{tmp_path}", subset=25))
+    assert len(splits.train) == 20
+    assert set(splits.train.labels) == set(range(11))
 
 
 def test_split_without_labels_has_the_asked_for_size_and_depends_on_the_seed():
@@ -304,13 +325,17 @@ def test_decoding_that_was_killed_is_done_again(tmp_path, cache):
     assert not list(cache.glob("images/.making-*"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "no meta", "cut meta", "no labels"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "no meta", "cut meta", "meta of nothing", "no labels"])
 def test_damaged_entry_is_made_again(damage, cache, caplog):
     whole = data.load(DataConfig())
     kept, key = whole.train.pixels.copy(), whole.key()
     (entry,) = cache.glob("images/[!.]*")
     if damage == "cut":
         os.truncate(entry / "train.npy", 1000)
+    elif damage == "empty":
+        os.truncate(entry / "train-labels.npy", 0)
+    elif damage == "meta of nothing":
+        (entry / "meta.json").write_text("{}")
     elif damage == "no labels":
         (entry / "train-labels.npy").unlink()
     elif damage == "no meta":
@@ -413,6 +438,15 @@ def test_sixteen_bits_keep_their_upper_eight(tmp_path):
     np.testing.assert_array_equal(only(twice(tmp_path, deep))[..., 0], (deep >> 8).astype(np.uint8))
 
 
+def test_eight_bits_stored_in_thirty_two_are_refused_instead_of_becoming_black(tmp_path):
+    shallow = Image.fromarray((np.arange(64, dtype=np.int32) * 4).reshape(8, 8))
+    assert shallow.mode == "I"
+    message = refusal(name=f"folder:{twice(tmp_path / 'shallow', shallow, '.tif')}", train_fraction=0.5)
+    assert "a.tif (its pixels reach from 0 to 252; store it with 8 or 16 bits)" in message
+    black = Image.fromarray(np.zeros((8, 8), np.int32))
+    assert only(twice(tmp_path / "black", black, ".tif")).max() == 0
+
+
 def test_transparent_pixels_are_white(tmp_path):
     rgba = np.dstack([noise(0, 8, 8, 3), np.full((8, 8), 255, np.uint8)])
     rgba[:4, :, 3] = 0
@@ -474,6 +508,33 @@ def test_labels_are_the_first_sub_folders_in_order_of_name(tmp_path):
         assert images.labels.tolist() == [{0: 2, 10: 2, 20: 0, 30: 1}[round(row.mean(), -1)] for row in images.pixels]
 
 
+def test_images_that_links_lead_to_are_read_once(tmp_path):
+    folder, outside = folder_of(tmp_path / "images"), folder_of(tmp_path / "outside", 10)
+    (folder / "a" / "again").symlink_to(folder / "a")
+    (folder / "a" / "above").symlink_to(folder)
+    (folder / "a" / "beside").symlink_to(folder / "b")
+    (folder / "c").symlink_to(outside)
+    (folder / "d").symlink_to(outside)
+    splits = data.load(DataConfig(name=f"folder:{folder}"))
+    assert len(everything(splits)) == 30
+    assert np.bincount(np.concatenate([splits.train.labels, splits.held_out.labels])).tolist() == [10, 10, 10]
+
+
+def test_a_sub_folder_that_cannot_be_listed_is_named_instead_of_left_out(tmp_path):
+    # Any path is too long somewhere: a permission that is not there would stop everyone but root.
+    folder = folder_of(tmp_path)
+    opened = os.open(folder / "a", os.O_RDONLY)
+    for _ in range(20):
+        os.mkdir("z" * 250, dir_fd=opened)
+        below = os.open("z" * 250, os.O_RDONLY, dir_fd=opened)
+        os.close(opened)
+        opened = below
+    os.close(opened)
+    message = refusal(name=f"folder:{folder}")
+    assert f"data.name: {folder}/a/zzz" in message
+    assert "cannot be listed (File name too long)" in message
+
+
 @pytest.mark.parametrize("places", [("",), ("only",), ("", "a", "b")])
 def test_images_that_are_not_all_in_several_sub_folders_have_no_labels(tmp_path, places):
     for place in places:
@@ -527,7 +588,59 @@ def test_broken_parquet_row_is_named_by_file_and_row(tmp_path):
     assert "1.parquet" in message
 
 
+def test_a_link_to_nothing_is_a_broken_file(tmp_path):
+    folder = folder_of(tmp_path / "images")
+    (folder / "a" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    message = refusal(name=f"folder:{folder}")
+    assert "1 of 21 images cannot be read" in message
+    assert "gone.png" in message
+    splits = data.load(DataConfig(name=f"folder:{folder}", skip_broken=True))
+    assert len(splits.train) + len(splits.held_out) == 20
+
+
 # Parquet
+
+
+def test_a_damaged_page_is_named_by_its_file_and_row_group(tmp_path):
+    path = parquet_of(tmp_path / "b.parquet", [encoded(noise(i, 8, 8, 3)) for i in range(21)], None)
+    group = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    with path.open("r+b") as file:
+        file.seek(group.data_page_offset)
+        file.write(b"\xff" * 100)
+    parquet_of(tmp_path / "a.parquet", [encoded(noise(i, 8, 8, 3)) for i in range(21)], None)
+    for skip_broken in (False, True):
+        message = refusal(name=f"parquet:{tmp_path}", skip_broken=skip_broken)
+        assert f"data.name: row group 1 of {path} cannot be read" in message
+        assert "make the file again" in message
+
+
+def test_a_damaged_page_of_labels_is_named_by_its_file(tmp_path):
+    path = parquet_of(tmp_path / "a.parquet", [encoded(noise(i, 8, 8, 3)) for i in range(21)], list(range(21)))
+    column = pq.ParquetFile(path).metadata.row_group(0).column(2)
+    with path.open("r+b") as file:
+        file.seek(column.dictionary_page_offset)
+        file.write(b"\xff" * 40)
+    assert f"data.name: {path} is no Parquet file" in refusal(name=f"parquet:{tmp_path}")
+
+
+def test_labels_that_are_numbers_in_one_file_and_names_in_another_are_refused(tmp_path):
+    images = [encoded(noise(i, 8, 8)) for i in range(4)]
+    parquet_of(tmp_path / "a.parquet", images, [0, 1, 0, 1])
+    parquet_of(tmp_path / "b.parquet", images, ["ant", "bee"] * 2)
+    message = refusal(name=f"parquet:{tmp_path}")
+    assert "data.label_column='label'" in message
+    assert "int64" in message
+    assert "string" in message
+    assert "data.labels to false" in message
+    assert len(data.load(DataConfig(name=f"parquet:{tmp_path}", labels=False)).train) == 6
+
+
+def test_hidden_parquet_files_are_no_data(tmp_path):
+    path = parquet_of(tmp_path / "0.parquet", [encoded(noise(i, 8, 8)) for i in range(5)], None)
+    (tmp_path / "._0.parquet").write_bytes(b"what macOS leaves")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "0.parquet").write_bytes(path.read_bytes())
+    assert len(data.load(DataConfig(name=f"parquet:{tmp_path}")).train) == 4
 
 
 @pytest.mark.parametrize("image", ["img", "image"])

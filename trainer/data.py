@@ -17,7 +17,7 @@ from trainer.ingest import Progress, decode_all
 if TYPE_CHECKING:
     import torch  # batches alone need it, and what only looks at images need not wait for it
 
-CACHE_VERSION = 1  # raised whenever the same files and settings come to give other pixels or splits
+CACHE_VERSION = 2  # raised whenever the same files and settings come to give other pixels or splits
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _splits(config: DataConfig, progress: Progress | None) -> Splits:
         listing = datasets.listing(source, config)
         train, held_out, _ = _choose(config, listing)
         meta = decode_all(folder, source, listing, {"train": train, "held_out": held_out}, config, progress)
-        files = [(file.name, 0 if file.is_dir() else file.stat().st_size) for file in source.files]
+        files = [(file.name, 0 if file.is_dir() else _size_and_time(file)[0]) for file in source.files]
         return meta | {"key": _hash(meta["content"], files, listing.count)[:16]}
 
     name = _entry_name(config, source)
@@ -144,11 +144,17 @@ def _images(arrays: dict[str, np.ndarray], split: str) -> Images:
 def _entry_name(config: DataConfig, source: datasets.Source) -> str:
     """By the settings that pixels and splits depend on, and the files' places, sizes and times."""
     settings = config.model_dump(exclude={"root", "download", "horizontal_flip"})
-    stats = [file.stat() for file in source.files]
-    files = [
-        (str(file.absolute()), stat.st_size, stat.st_mtime_ns) for file, stat in zip(source.files, stats, strict=True)
-    ]
+    files = [(str(file.absolute()), *_size_and_time(file)) for file in source.files]
     return _hash(CACHE_VERSION, settings, files)[:32]
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    """In bytes and nanoseconds; of a link to nothing 0 and 0: who reads it says so, and may leave it out."""
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _hash(*parts: Any) -> str:
@@ -176,7 +182,8 @@ def _choose(config: DataConfig, listing: datasets.Listing) -> tuple[np.ndarray, 
 def split(labels: np.ndarray | None, total: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Ascending indices of `count` of `total` images and of the others, drawn by seed.
 
-    Where there are labels, each class keeps its share within one image (largest remainders, ties drawn).
+    Where there are labels, each class keeps its share within one image (largest remainders, ties drawn), except that
+    large classes give up what it takes for every class to have one of the `count`, where that is enough for all.
     """
     rng = np.random.default_rng([seed, total, count])
     order = rng.permutation(total)
@@ -188,6 +195,11 @@ def split(labels: np.ndarray | None, total: int, count: int, seed: int) -> tuple
     remainders = share % total
     first = np.lexsort((rng.random(len(classes)), -remainders))
     quotas[first[: count - quotas.sum()]] += 1
+    if count >= len(classes):  # nothing can learn to tell a class that is among the others alone
+        for empty in np.flatnonzero(quotas == 0):
+            above_share = np.where(quotas > 1, quotas * total - share, -total * total)
+            quotas[above_share.argmax()] -= 1
+            quotas[empty] = 1
     ordered = labels[order]
     chosen = np.concatenate([order[ordered == label][:quota] for label, quota in zip(classes, quotas, strict=True)])
     others = np.ones(total, dtype=bool)

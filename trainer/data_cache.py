@@ -150,6 +150,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
             path.stem: np.asarray(np.load(path, mmap_mode="r"))
             for path in folder.glob("*.npy")
         }
-    except (OSError, ValueError):
+        whole = set(arrays) == set(meta["arrays"])
+    except (OSError, ValueError, KeyError, EOFError):  # NumPy's for an empty file is an EOFError
         return None
-    return (meta, arrays) if set(arrays) == set(meta["arrays"]) else None
+    return (meta, arrays) if whole else None

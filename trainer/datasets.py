@@ -93,16 +93,32 @@ def folder(root: Path, config: DataConfig) -> Source:
 
 
 def _images_below(root: Path) -> Iterator[Path]:
-    for parent, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                yield Path(parent, name)
+    """A folder that links lead to, round in a circle or not, is read once: as itself, where it is below root."""
+
+    def refuse(error: OSError) -> None:
+        raise OSError(
+            f"data.name: {error.filename} cannot be listed ({error.strerror}); make it readable, or take it away"
+        ) from error
+
+    tops, read = [str(root)], set()
+    for top in tops:  # links to folders are added at the end, after all that is no link
+        for parent, folders, names in os.walk(top, onerror=refuse):
+            real = os.path.realpath(parent)
+            if real in read:
+                folders.clear()
+                continue
+            read.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            tops += [link for name in folders if os.path.islink(link := os.path.join(parent, name))]  # noqa: PTH114, PTH118
+            for name in names:
+                if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                    yield Path(parent, name)
 
 
 def parquet(path: Path, config: DataConfig) -> Source:
     if path.is_dir():
-        files = sorted(path.rglob("*.parquet"))
+        found = path.rglob("*.parquet")
+        files = sorted(file for file in found if not any(part[0] == "." for part in file.relative_to(path).parts))
     elif path.exists():
         files = [path]
     else:
@@ -129,8 +145,8 @@ def _read_parquet(files: list[Path], config: DataConfig) -> Listing:
                 columns.append(_image_column(file, schema, config.image_column))
                 if config.labels and config.label_column in schema.names:
                     labels.append(opened.read([config.label_column])[config.label_column])
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"data.name: {file} is no Parquet file, or is cut ({error}); make it again") from error
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"data.name: {file} is no Parquet file, or is damaged ({error}); make it again") from error
     if labels and len(labels) < len(files):
         raise ValueError(
             f"data.label_column={config.label_column!r} is in {len(labels)} of the {len(files)} Parquet files; "
@@ -144,21 +160,36 @@ def _read_parquet(files: list[Path], config: DataConfig) -> Listing:
             with pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as opened:
                 for group in range(opened.num_row_groups):
                     rows = opened.metadata.row_group(group).num_rows
-                    if not _between(index, row, row + rows).size:
-                        row += rows
+                    wanted = _between(index, row, row + rows)
+                    row += rows
+                    if not wanted.size:
                         continue
-                    for batch in opened.iter_batches(PARQUET_BATCH, row_groups=[group], columns=[column]):
-                        values = batch.column(0)
-                        values = values.field(0) if pa.types.is_struct(values.type) else values
-                        for i in _between(index, row, row + len(batch)):
-                            yield values[i].as_py()
-                        row += len(batch)
+                    try:
+                        yield from _read_group(opened, group, column, wanted)
+                    except (OSError, pa.ArrowException) as error:
+                        raise ValueError(
+                            f"data.name: row group {group} of {file} cannot be read ({error}); make the file again, "
+                            "or leave it out"
+                        ) from error
 
     def where(i: int) -> str:
         number = int(np.searchsorted(ends, i, side="right"))
         return f"row {i - (ends[number] - counts[number])} of {files[number]}"
 
     return Listing(int(ends[-1]), _classes(labels, config) if labels else None, read, where)
+
+
+def _read_group(opened: Any, group: int, column: str, index: np.ndarray) -> Iterator[bytes | None]:
+    """The images at ascending indices, counted from the row group's first."""
+    import pyarrow as pa
+
+    row = 0
+    for batch in opened.iter_batches(PARQUET_BATCH, row_groups=[group], columns=[column]):
+        values = batch.column(0)
+        values = values.field(0) if pa.types.is_struct(values.type) else values
+        for i in _between(index, row, row + len(batch)):
+            yield values[i].as_py()
+        row += len(batch)
 
 
 def _between(index: np.ndarray, start: int, end: int) -> np.ndarray:
@@ -192,14 +223,19 @@ def _classes(columns: list[Any], config: DataConfig) -> np.ndarray:
     import pyarrow as pa
 
     name = f"data.label_column={config.label_column!r}"
-    for column in columns:
-        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    kinds = [column.type.value_type if pa.types.is_dictionary(column.type) else column.type for column in columns]
+    for column, kind in zip(columns, kinds, strict=True):
         if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise ValueError(f"{name} must hold integers or names, but holds {kind}; or set data.labels to false")
         if column.null_count:
             raise ValueError(
                 f"{name} is empty in {column.null_count} rows; leave them out, or set data.labels to false"
             )
+    if len({pa.types.is_integer(kind) for kind in kinds}) > 1:
+        raise ValueError(
+            f"{name} must hold integers in every Parquet file, or names in every one, but holds "
+            f"{' and '.join(sorted({str(kind) for kind in kinds}))}; or set data.labels to false"
+        )
     values = np.concatenate([column.to_numpy() for column in columns])
     if values.dtype.kind == "i" and values.min(initial=0) < 0:
         raise ValueError(f"{name} must be at least 0, but got {values.min()}; or set data.labels to false")

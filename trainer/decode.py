@@ -52,7 +52,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow's own conversion would clip everything above 255 to white.
         values = np.asarray(image)
-        if values.min() < 0 or values.max() > 0xFFFF:
+        shallow = image.mode == "I" and 0 < values.max() <= 0xFF  # their upper eight of sixteen bits would be black
+        if values.min() < 0 or values.max() > 0xFFFF or shallow:
             raise ValueError(f"its pixels reach from {values.min()} to {values.max()}; store it with 8 or 16 bits")
         return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))
     grey = image.mode in GREY_MODES

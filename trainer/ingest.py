@@ -65,7 +65,10 @@ def decode_all(
     if listing.labels is not None:
         for name, members in kept.items():
             labels = listing.labels[members]
-            np.save(folder / f"{name}-labels.npy", labels)
+            with (folder / f"{name}-labels.npy").open("wb") as file:
+                np.save(file, labels)
+                file.flush()
+                os.fsync(file.fileno())  # as RowsFile does, and why
             arrays.append(f"{name}-labels")
             content.append((arrays[-1], len(labels), hashlib.sha256(labels.tobytes()).hexdigest()))
     return {
