@@ -57,7 +57,7 @@ def fit(checkpoints: Storage, config=EVERY_EPOCH, **arguments: Any) -> list[int]
 
 
 def stored() -> bool:
-    """Waits for what is being stored. False, as `stop`: then every step waits for it."""
+    """Waits for what is being stored. As a training's stop() it does so between any two steps."""
     for thread in threading.enumerate():
         if thread.name == "checkpoint":
             thread.join()
@@ -79,8 +79,8 @@ def test_training_goes_on_while_a_checkpoint_is_stored(held):
 def test_a_training_takes_over_nothing_of_another_configuration(tmp_path):
     """As of a trial of the same name, where the trials table was restored from a copy older than the folders."""
     other = EVERY_EPOCH.model_copy(update={"learning_rate": 3e-3})
-    assert fit(Storage(tmp_path), other) == [3, 6, 10]
-    assert fit(Storage(tmp_path)) == [3, 6, 10]
+    assert fit(Storage(tmp_path), other, stop=stored) == [3, 6, 10]
+    assert fit(Storage(tmp_path), stop=stored) == [3, 6, 10]
     assert_same_tensors(checkpoint.latest(Storage(tmp_path))[1].state, record(EVERY_EPOCH)["states"][10])
 
 
@@ -98,11 +98,7 @@ def test_what_the_storage_refuses_ends_the_training_and_the_one_before_is_gone_o
     stored()
     assert checkpoint.latest(held)[1].meta["step"] == 3
     HeldFiles.broken.clear()
-    assert fit(held, log=lambda metrics: stored()) == [
-        3,
-        6,
-        10,
-    ]  # the first again: nobody knows whether it was heard of
+    assert fit(held, stop=stored) == [3, 6, 10]  # the first again: nobody knows whether it was heard of
     assert_same_tensors(checkpoint.latest(held)[1].state, record(EVERY_EPOCH)["states"][10])
 
 

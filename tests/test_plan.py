@@ -75,7 +75,8 @@ def test_confirming_takes_as_long_as_the_trainings_that_cannot_be_made_at_once()
 
 
 def test_the_disk_has_room_for_the_largest_choice():
-    wide = "{channels: [32, 64, 64], attention: [false, true, true], attention_head_dim: 16, norm_groups: 8}"
+    levels = "channels: [32, 64, 64], attention: [false, true, true], layers_per_block: 1"
+    wide = f"{{{levels}, attention_head_dim: 16, norm_groups: 8}}"
     plain, choice, base = (
         disk.expected_checkpoint_bytes(load("digits", settings), (1, 8, 8))
         for settings in ([], [f"space.train.model=[{wide}]"], [f"train.model={wide}"])
