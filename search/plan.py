@@ -16,10 +16,11 @@ from rich.console import Console
 from evaluation.rung import RungScorer
 from evaluation.sampling import sample_images
 from search import space
-from search.config import Range, SearchConfig, Searched
+from search.config import SearchConfig
 from search.disk import disk_bytes, expected_checkpoint_bytes, size
 from search.records import Records
 from search.searcher import HonestOptunaSearch
+from search.space_config import Range, Searched
 from search.watch import schedule_label
 from trainer import checkpoint, data, local, loop, schedules
 from trainer.storage import Storage

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 import optuna.distributions as od
 
-from search.config import KnownPoint, Range, SearchConfig, Searched
+from search.config import SearchConfig
+from search.space_config import KnownPoint, Range, Searched
 from trainer.config import TrainConfig
 
 Params = dict[str, Any]  # names as Optuna knows them: family, cosine.tau, learning_rate, train.batch_size, …

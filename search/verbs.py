@@ -10,8 +10,9 @@ import numpy as np
 from pydantic import ValidationError
 from rich.console import Console
 
-from search.config import KNOWN_POINTS, SearchConfig, UserError, explain
+from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt
+from search.space_config import KNOWN_POINTS, explain
 from trainer import schedules
 from trainer.config import ScheduleConfig
 

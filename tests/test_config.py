@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from search import config as configuration
-from search.config import CONFIGS, KNOWN_POINTS, Range, SearchConfig, UserError, load
+from search.config import CONFIGS, SearchConfig, UserError, load
+from search.space_config import KNOWN_POINTS, Range
 from trainer import schedules
 
 SHIPPED = sorted(CONFIGS.glob("*.yaml"))

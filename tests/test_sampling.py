@@ -16,7 +16,7 @@ from diffusers import (
 
 from evaluation.config import SamplerConfig
 from evaluation.sampling import block_seed, denoise_block, sample_block, sample_images, timesteps
-from search.config import KNOWN_POINTS
+from search.space_config import KNOWN_POINTS
 from trainer import schedules
 
 COSINE = schedules.betas("cosine", 0, 1)

@@ -11,9 +11,10 @@ from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
 from search import pipeline, samplers, searcher, space
-from search.config import KnownPoint, SearchConfig, UserError, load
+from search.config import SearchConfig, UserError, load
 from search.records import Records
 from search.searcher import HonestOptunaSearch
+from search.space_config import KnownPoint
 from search.tuner import trials_left
 from trainer import schedules
 from trainer.config import TrainConfig

@@ -7,7 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from search import space
-from search.config import FAMILIES, KNOWN_POINTS, KnownPoint, Range, load
+from search.config import load
+from search.space_config import FAMILIES, KNOWN_POINTS, KnownPoint, Range
 
 CONFIG = load("digits")
 DEFINED = space.define_by_run(CONFIG)
