@@ -108,6 +108,7 @@ def test_the_study_s_table_is_made_of_its_results():
         assert study.page(document, path.stem, result) == document, f"python -m benchmarks.study of {path.name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(study.RESULTS.parents[1].glob("benchmarks/*.py")), ids=lambda path: path.stem)
 def test_every_benchmark_can_be_begun(path):
     importlib.import_module(f"benchmarks.{path.stem}")

@@ -76,6 +76,7 @@ def test_training_goes_on_while_a_checkpoint_is_stored(held):
     assert_same_tensors(found[1].state, record(EVERY_EPOCH)["states"][10])
 
 
+@pytest.mark.slow
 def test_a_training_takes_over_nothing_of_another_configuration(tmp_path):
     """As of a trial of the same name, where the trials table was restored from a copy older than the folders."""
     other = EVERY_EPOCH.model_copy(update={"learning_rate": 3e-3})

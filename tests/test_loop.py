@@ -229,6 +229,7 @@ def test_a_resumed_training_may_change_what_changes_nothing_that_is_learned():
 PLAIN, AUTO = SpeedConfig(channels_last=False, fused_adam=False), SpeedConfig()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [

@@ -68,6 +68,7 @@ def finished(tmp_path: Path, row, rung, monkeypatch) -> tuple[SearchConfig, Stor
     return config, run
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_judge_on_a_machine_whose_cache_has_another(finished, tmp_path, monkeypatch):
     config, run = finished
     splits = data.load(config.train.data)
@@ -87,6 +88,7 @@ def test_a_run_keeps_its_judge_on_a_machine_whose_cache_has_another(finished, tm
     assert "evaluate</code> draws" not in page
 
 
+@pytest.mark.slow
 def test_finishing_a_scored_run_samples_nothing(finished, monkeypatch):
     config, run = finished
 
@@ -138,6 +140,7 @@ def test_a_run_s_damaged_judge_is_replaced_by_the_machine_s_own(finished, caplog
     assert Classifier.load(run.at("judge", name)).seed == 0
 
 
+@pytest.mark.slow
 def test_ranked_images_that_are_gone_are_said_to_be_gone(finished):
     _, run = finished
     run.delete("evaluation")

@@ -212,6 +212,7 @@ def test_cost_says_what_was_spent_saved_and_idle():
     assert "ran for 2 hours with at most 2 trials at once; workers were idle for 68%" in text
 
 
+@pytest.mark.slow
 def test_confirmations_are_counted_by_themselves():
     assert "from new seeds took" not in Page(render(ROWS)).text
     assert (
@@ -280,6 +281,7 @@ def by_seed(trial: str, *scores: float | None) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_images_of_a_confirmed_row_are_said_to_be_its_best_training_s_and_a_failed_one_is_named():
     own = {"seeds": ["t1-seed1", "t1-seed2"], "best_seed": "t1-seed2", "by_seed": by_seed("t1", 9.4, 9.5, 9.6, None)}
     ranked = ranking(entry(1, "t1", confirmed=True, **own), entry(2, "t0"))

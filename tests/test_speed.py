@@ -137,6 +137,7 @@ def _graphs_on_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.graph", lambda graph, **_: graph)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_graphs_on_the_cpu")
 @pytest.mark.parametrize("micro_batch", [None, 4, 2])
 def test_a_graph_changes_only_rounding_also_where_gradients_are_accumulated(micro_batch):
