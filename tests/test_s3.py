@@ -76,11 +76,14 @@ def test_a_storage_that_is_away_is_waited_for_and_a_wrong_one_is_not(server):
 
 
 @pytest.mark.faults
-def test_a_search_on_s3_is_killed_resumed_and_outlives_its_storage_s_absence(server, tmp_path, tmp_path_factory):
+@pytest.mark.parametrize("runner", ["train", "reuse"])
+def test_a_search_on_s3_is_killed_resumed_and_outlives_its_storage_s_absence(
+    server, tmp_path, tmp_path_factory, runner
+):
     environment = {**os.environ, "HOME": str(tmp_path), "RAY_TMPDIR": str(tmp_path_factory.mktemp("r"))}
     command = (sys.executable, "-m", "search.cli")
     place = Storage(server.uri).at("s")
-    settings = [*SET, "--set", "runner=reuse", "--set", "train.epochs=6", "--set", "early_stopping.scheduler=none"]
+    settings = [*SET, "--set", f"runner={runner}", "--set", "train.epochs=6", "--set", "early_stopping.scheduler=none"]
 
     def epochs() -> int:
         return sum(row.epoch for row in Records.load(place))
@@ -104,7 +107,7 @@ def test_a_search_on_s3_is_killed_resumed_and_outlives_its_storage_s_absence(ser
     ):
         wait_for(sum(row.epoch for row in before.values()) + 1, second)
         server.broken = True
-        time.sleep(10)  # the fault itself
+        time.sleep(30)  # the fault itself
         server.broken = False
         assert second.wait(200) == 0, (tmp_path / "log").read_text()
     assert server.refused

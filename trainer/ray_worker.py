@@ -22,6 +22,7 @@ from trainer.storage import Storage
 from trainer.upload import Uploader, checkpoint_name
 
 MAX_WORKER_FAILURES = 3
+RAY_S_OWN = "checkpoint_manager_snapshot.json"  # what Ray Train resumes from; we do from the checkpoints alone
 GAVE_UP = "gave_up.json"  # beside the checkpoints: the report of a worker whose next life would fail as this one
 # Ray 2.60 looks at which nodes there are every 20 s. A group that it starts before it knows of a loss finds no place
 # for all its workers, gives up after this long, and is started again with as many as there is place for.
@@ -49,6 +50,8 @@ def fit(
     num_workers = (config.min_workers, config.workers) if elastic else config.workers
     if elastic:
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(ELASTIC_START_SECONDS)
+    # It names checkpoints of rungs that are deleted since, and Ray Train would refuse to start.
+    run.at("train", name).delete(RAY_S_OWN)
     trainer = ray.train.torch.TorchTrainer(
         _train_on_worker,
         train_loop_config={
