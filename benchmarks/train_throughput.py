@@ -1,6 +1,7 @@
 """Training speed of this loop beside (a) a loop as tutorials write it and (b) diffusers' own recipe, in one process.
 
-    python -m benchmarks.train_throughput parquet:/path/to/cifar10 [--rounds 5] [--steps 8] [--switches]
+    python -m benchmarks.train_throughput "parquet:/path/to/cifar10/train-*.parquet" [--rounds 5] [--steps 8]
+        [--switches]
 
 Same U-Net, same initial weights, same batch size, CIFAR-10 at 32x32. The three take turns, a few steps at a time, so
 that a machine that drifts drifts for all; medians and ratios of the rounds are printed and written to docs/results.
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.common import provenance, write
-from trainer import data, model, step
+from trainer import data, datasets, model, step
 from trainer.config import DataConfig, ModelConfig, SpeedConfig, TrainConfig
 from trainer.failures import Worker
 
@@ -44,7 +45,7 @@ class EncodedImages(Dataset):
     """Encoded bytes, decoded and transformed an image at a time: what a tutorial's Dataset does."""
 
     def __init__(self, path: str, count: int):
-        file = min(Path(path).glob("train-*.parquet")) if Path(path).is_dir() else Path(path)
+        file = datasets.parquet(Path(path), DataConfig()).files[0]
         self.rows = next(pq.ParquetFile(file).iter_batches(count, columns=["img"]))["img"].to_pylist()
         self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
 
