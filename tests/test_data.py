@@ -433,8 +433,9 @@ def test_palette_image_gets_its_colours(tmp_path):
     assert only(twice(tmp_path, palette))[0, 0].tolist() == [10, 200, 30]
 
 
-def test_sixteen_bits_keep_their_upper_eight(tmp_path):
-    deep = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
+@pytest.mark.parametrize("step", [1000, 65])  # a camera's 12 bits reach to 4,095: dark, and nothing is clipped
+def test_sixteen_bits_keep_their_upper_eight(tmp_path, step):
+    deep = (np.arange(64, dtype=np.uint16) * step).reshape(8, 8)
     np.testing.assert_array_equal(only(twice(tmp_path, deep))[..., 0], (deep >> 8).astype(np.uint8))
 
 
