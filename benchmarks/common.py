@@ -1,8 +1,9 @@
-"""What every benchmark writes beside its figures: commit, machine, versions."""
+"""What every benchmark writes beside its figures: commit, machine, versions; and where a document shows them."""
 
 import json
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
@@ -37,3 +38,12 @@ def write(name: str, result: dict[str, Any]) -> None:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"written: {path}")
+
+
+def filled(document: str, name: str, text: str) -> str:
+    """The document with `text` between the marks of `name`."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+    changed, count = re.subn(pattern, lambda found: found[1] + text + "\n" + found[2], document, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"the document must have one place for {name}, but has {count}")
+    return changed

@@ -38,7 +38,7 @@ def values(
     """The score and the Fréchet distance of every candidate, (trials,) each, drawn in this process."""
     worker = ShardWorker(run, final, str(default_device()))
     shards = [shard for candidate in candidates for shard in stage._shards(run, candidate, final, judge)]
-    for shard in track([shard for shard in shards if not run.exists(shard.path)], description=what):
+    for shard in track([shard for shard in shards if not stage._is_done(run, shard, final)], description=what):
         if reason := worker.work(shard, judge.extractor):
             raise SystemExit(f"{shard.candidate.trial} cannot be ranked: {reason}")
     rows = {row["trial"]: row for row in stage.ranking(run, candidates, final, judge, {})["trials"]}

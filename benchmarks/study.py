@@ -8,7 +8,6 @@ run is a search with the same data, final stage and seed, whose best configurati
 """
 
 import json
-import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RESULTS, provenance, write
+from benchmarks.common import RESULTS, filled, provenance, write
 from evaluation import export, pictures
 from evaluation.events import Events, read
 from evaluation.plots import Curve, Panel
@@ -150,15 +149,6 @@ def table(result: dict[str, Any]) -> str:
         title = {"real": "real, held out", "noise": "Gaussian noise"}[name]
         lines.append(f"| | {title} (N {at['n']}) | {at['score']:.3f} | {at['frechet']:.2f} | | | |")
     return "\n".join(lines)
-
-
-def filled(document: str, name: str, text: str) -> str:
-    """The document with `text` between the marks of `name`."""
-    pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-    changed, count = re.subn(pattern, lambda found: found[1] + text + "\n" + found[2], document, flags=re.DOTALL)
-    if count != 1:
-        raise SystemExit(f"{DOCUMENT} has no place for {name}")
-    return changed
 
 
 def panels(trainings: list[tuple[str, Events]]) -> list[Panel]:

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md from docs/results/*.json, so that no figure in it is typed by hand.
+"""docs/benchmarks.md, and the table in docs/training.md, from docs/results/*.json: no figure in them is typed by hand.
 
 python -m benchmarks.tables
 """
@@ -6,27 +6,62 @@ python -m benchmarks.tables
 import json
 from typing import Any
 
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, filled
 
 MEMORY = ("driver_memory_mib", "memory_of_all_processes_mib")
-PAGE = RESULTS.parent / "benchmarks.md"
+PAGE, TRAINING = RESULTS.parent / "benchmarks.md", RESULTS.parent / "training.md"
 
 
 def page() -> str:
-    """The whole of docs/benchmarks.md; a benchmark that has no results yet is left out."""
+    """The whole of docs/benchmarks.md; a benchmark without results is left out, some have them for each device."""
     parts = ["# Measured", "Written by `python -m benchmarks.tables` from `docs/results/`."]
     for name, section in (
         ("search_efficiency", search_efficiency),
         ("simulate_scale", simulate_scale),
         ("orchestration", orchestration),
+        ("sampling_throughput", sampling_throughput),
+        ("rank_agreement", rank_agreement),
     ):
-        path = RESULTS / f"{name}.json"
-        if path.exists():
+        for path in sorted(RESULTS.glob(f"{name}*.json")):
             result = json.loads(path.read_text())
             parts.append(section(result))
             where = f"{result['machine']}, commit {result['commit']}. {result.get('note', '')}"
             parts.append(f"`python -m benchmarks.{name}`, {where}".strip())
     return "\n\n".join(parts) + "\n"
+
+
+def training(document: str) -> str:
+    """docs/training.md with the figures of train_throughput, of each device there are some of."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("train_throughput_*.json"))]
+    return filled(document, "train_throughput", "\n\n".join(train_throughput(result) for result in results))
+
+
+def train_throughput(result: dict[str, Any]) -> str:
+    names = {
+        "ours": "this loop (EMA, gradient clipping)",
+        "tutorial": "tutorial (neither)",
+        "diffusers recipe": "diffusers' recipe (EMA, gradient clipping)",
+    }
+    device = "cpu" if result["device"] == "cpu" else "cuda"
+    where = result["machine"] if device == "cpu" else result["device"]
+    ours = result["round_seconds"]["ours"]
+    rows = []
+    for name, speed in result["images_per_second"].items():
+        ratio = ""
+        if name != "ours":
+            each = [theirs / mine for theirs, mine in zip(result["round_seconds"][name], ours, strict=True)]
+            ratio = f"{result['speed_ratio_to'][name]:.2f}x ({min(each):.2f}–{max(each):.2f})"
+        rows.append([names[name], f"{speed:.1f}", ratio])
+    agreement = result["agreement"]
+    first = f"U-Net {result['parameters'] / 1e6:.1f}M, 32x32, batch {result['batch_size']}, {where}"
+    return "\n\n".join(
+        [
+            _table([first, "images/s", f"this loop is faster by, median of {len(ours)} turns (range)"], rows),
+            f"Their losses over {agreement['steps']} steps on the same batches differ by at most "
+            f"{agreement['largest_relative_difference']:.0e} of their value "
+            f"([figures](results/train_throughput_{device}.json), commit {result['commit']}, seed {result['seed']}).",
+        ]
+    )
 
 
 def search_efficiency(result: dict[str, Any]) -> str:
@@ -41,6 +76,9 @@ def search_efficiency(result: dict[str, Any]) -> str:
         ]
         rows.append([name, *cells])
     correlations = result["rank_correlation_with_quality"]
+    ratio, limit = result["methods"]["this search"]["cost_ratio_to_random"], result["limits"]["cost_ratio_to_random"]
+    above = ratio["value"] - limit
+    verdict = f"was missed, by {above:.2f} ({above / limit:.0%})" if above > 0 else "was met"
     told = [[f"epoch {epoch}", *(f"{value:+.2f}" for value in row.values())] for epoch, row in correlations.items()]
     return "\n\n".join(
         [
@@ -56,6 +94,7 @@ def search_efficiency(result: dict[str, Any]) -> str:
             "data set and one seed a training. `without` leaves one part of this search out; the last rows are it with "
             "other settings of `early_stopping` than the default two rungs, of which the best third goes on.",
             _table(["method", "full trainings' cost", "ratio to random", "reached", "Fréchet chosen"], rows),
+            f"The aim was at most {limit:g} of random search's cost. At {_interval(ratio, 2)} it {verdict}.",
             "Rank correlation with the quality at the end, of configurations that pass the screen:",
             _table(["measured at", "validation loss", "grid loss", "Fréchet of 128 images"], told),
         ]
@@ -83,8 +122,9 @@ def simulate_scale(result: dict[str, Any]) -> str:
             "The project's searcher, scheduler, trials table and leaderboard on a simulated clock "
             f"(`benchmarks/replay.py`): trials of {result['full_seconds'] / 60:.0f} minutes in full, most of them "
             f"stopped early, {result['gap_seconds']:g} s from a trial's start to its first step. The driver's CPU "
-            "seconds are real and count on that clock; waits for the disk (about three syncs a trial) and Tune's own "
-            "work are not in it. Busy and the driver's share are until the last trial was begun.",
+            "seconds are real and count on that clock. Waits for the disk (about three syncs a trial) are not in it, "
+            "and neither is Tune's own work in the driver: a real driver is busier than its share here. Busy and the "
+            "driver's share are until the last trial was begun.",
             _table(
                 ["workers", "trials", "workers busy", "driver busy", "ms an event", "ms a suggestion, first → last "
                  "tenth", "suggestions' share", "memory, MiB"],
@@ -130,6 +170,46 @@ def orchestration(result: dict[str, Any]) -> str:
     )  # fmt: skip
 
 
+def sampling_throughput(result: dict[str, Any]) -> str:
+    names = {"ours": "this sampler", "keeps every step": "a loop that keeps every step"}
+    memory = result["peak_memory_mib_by_steps"]
+    rows = []
+    for name, speed in result["images_per_second"].items():
+        ratio = result["ours_is_faster_by"].get(name)
+        cells = [f"{speed:.1f}", "" if ratio is None else f"{ratio:.2f}x"]
+        rows.append([names.get(name, name), *cells, *(f"{peak:.1f}" for peak in memory[name].values())])
+    return "\n\n".join(
+        [
+            f"## Drawing images ({result['device']})",
+            f"{result['images']} images of 32x32 by ancestral sampling with one U-Net, in turn by this sampler, by "
+            "diffusers' DDPMPipeline and by a loop that keeps every step; medians of "
+            f"{result['rounds']} turns of {result['steps_timed']} steps. Their pixels differ by at most "
+            f"{result['largest_difference_from_DDPMPipeline']} of 255. Memory is the peak above the loaded model and "
+            "one short sampling, by the number of steps.",
+            _table(
+                ["", "images/s", "this sampler is faster by", *(f"MiB, {steps} steps" for steps in memory["ours"])],
+                rows,
+            ),
+        ]
+    )
+
+
+def rank_agreement(result: dict[str, Any]) -> str:
+    full, rows = result["full"], []
+    for row in result["agreement"]:
+        taus = [f"{row[of]['tau']:.2f} ({row[of]['ci'][0]:.2f}–{row[of]['ci'][1]:.2f})" for of in ("score", "frechet")]
+        rows.append([f"{row['steps']}", f"{row['images']:,}", *taus])
+    return "\n\n".join(
+        [
+            "## How well fewer steps and fewer images rank",
+            f"{result['trials']} trials of a finished run, judged by the {result['extractor']}: Kendall's tau between "
+            f"their ranking at each setting and that at {full['steps']} {result['sampler']['name'].upper()} steps and "
+            f"{full['images']:,} images. In brackets 95 % percentile bootstrap intervals over the trials.",
+            _table(["steps", "images", "by the score", "by the Fréchet distance"], rows),
+        ]
+    )
+
+
 def _interval(value: dict[str, float] | None, digits: int) -> str:
     if value is None:
         return "–"
@@ -143,4 +223,5 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
-    print(f"written: {PAGE}")
+    TRAINING.write_text(training(TRAINING.read_text()))
+    print(f"written: {PAGE}, {TRAINING}")

@@ -1,9 +1,11 @@
 """Training speed of this loop beside (a) a loop as tutorials write it and (b) diffusers' own recipe, in one process.
 
-    python -m benchmarks.train_throughput parquet:/path/to/cifar10 [--rounds 5] [--steps 8] [--switches]
+    python -m benchmarks.train_throughput "parquet:/path/to/cifar10/train-*.parquet" [--rounds 5] [--steps 8]
+        [--switches]
 
-Same U-Net, same initial weights, same batch size, CIFAR-10 at 32x32. The three take turns, a few steps at a time, so
-that a machine that drifts drifts for all; medians and ratios of the rounds are printed and written to docs/results.
+Same U-Net, same initial weights, same batch size, CIFAR-10 at 32x32. The three take turns, a few steps at a time (200
+on a GPU, where a few are over before a turn's start and end are), so that a machine that drifts drifts for all; medians
+and ratios of the rounds are printed and written to docs/results.
 First all three take 20 steps on the same images, timesteps and noise: their losses must agree.
 """
 
@@ -31,9 +33,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.common import provenance, write
-from trainer import data, model, step
+from trainer import data, datasets, model, step
 from trainer.config import DataConfig, ModelConfig, SpeedConfig, TrainConfig
 from trainer.failures import Worker
+from trainer.loop import CHECK_STEPS
 
 BATCH, AGREEING_STEPS, LEARNING_RATE = 16, 20, 2e-4
 SMALL = ModelConfig(channels=(32, 64, 64, 64), attention=(False, True, True, True))  # 2.4M, for CPUs
@@ -44,7 +47,7 @@ class EncodedImages(Dataset):
     """Encoded bytes, decoded and transformed an image at a time: what a tutorial's Dataset does."""
 
     def __init__(self, path: str, count: int):
-        file = min(Path(path).glob("train-*.parquet")) if Path(path).is_dir() else Path(path)
+        file = datasets.parquet(Path(path), DataConfig()).files[0]
         self.rows = next(pq.ParquetFile(file).iter_batches(count, columns=["img"]))["img"].to_pylist()
         self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
 
@@ -67,7 +70,8 @@ class Tutorial:
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=LEARNING_RATE)
         self.scheduler = DDPMScheduler(num_train_timesteps=1000)
         workers = 4 if device.type == "cuda" else 0  # on two cores worker processes take time from the training
-        self.loader = DataLoader(dataset, BATCH, shuffle=True, drop_last=True, num_workers=workers)
+        options = {"num_workers": workers, "persistent_workers": workers > 0}  # starting them is no part of a step
+        self.loader = DataLoader(dataset, BATCH, shuffle=True, drop_last=True, **options)
         self.endless = self._endless()
 
     def _endless(self) -> Iterator[torch.Tensor]:
@@ -111,16 +115,19 @@ class Recipe(Tutorial):
 
 
 class Ours:
-    """This project's TrainStep, losses fetched once a round as its loop fetches them."""
+    """This project's TrainStep, losses fetched some steps at a time as its loop fetches them."""
 
     def __init__(self, config: TrainConfig, images: data.Images, device: torch.device):
         self.advance = step.TrainStep(config, images, Worker(device))
         self.done = 0
 
     def steps(self, count: int) -> list[float]:
-        losses = [self.advance(self.done + index)[0] for index in range(count)]
+        losses: list[float] = []
+        for first in range(0, count, CHECK_STEPS):
+            taken = [self.advance(self.done + index)[0] for index in range(first, min(first + CHECK_STEPS, count))]
+            losses += torch.stack(taken).tolist()
         self.done += count
-        return torch.stack(losses).tolist()
+        return losses
 
 
 def agreeing_losses(config: TrainConfig, images: data.Images, dataset: Dataset, device: torch.device) -> dict[str, Any]:
@@ -181,13 +188,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("data", help="parquet:PATH of CIFAR-10")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, help="a turn; default: 200 on a GPU, 8 elsewhere")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--switches", action="store_true", help="this loop alone, with the switches of train.speed")
     parser.add_argument("--memory-of", help="the peak memory of a process that does nothing but this one's steps")
     arguments = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps = arguments.steps or (200 if device.type == "cuda" else 8)
     config = TrainConfig(
         data=DataConfig(name=arguments.data, subset=arguments.images, train_fraction=0.9),
         model=STUDY if device.type == "cuda" else SMALL,
@@ -211,7 +219,7 @@ def main() -> None:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             began = time.perf_counter()
-            work(arguments.steps)
+            work(steps)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if round_number:  # the first warms up
@@ -222,7 +230,7 @@ def main() -> None:
         for name in names
     }
 
-    images_per_second = {name: arguments.steps * BATCH / median(times) for name, times in seconds.items()}
+    images_per_second = {name: steps * BATCH / median(times) for name, times in seconds.items()}
     ratios = {
         name: median(theirs / mine for theirs, mine in zip(seconds[name], seconds["ours"], strict=True))
         for name in names

@@ -37,7 +37,7 @@ def final_grids(
     """The first images of every ranked trial, as the final stage drew them, beside real ones."""
     lost = [trial for trial, entry in ranked.items() if entry["rank"] is not None and trial not in samples]
     gone = (
-        f"<p>Images of {escape(joined(lost))} are no longer at hand (deleted, or drawn by an earlier version): "
+        f"<p>Images of {escape(joined(lost))} are no longer at hand (deleted, damaged, or of an earlier version): "
         "<code>ddpm-search evaluate</code> draws them again.</p>"
     )
     if not samples:

@@ -15,7 +15,7 @@ from evaluation.inception import Inception
 from evaluation.pictures import image_grid
 from evaluation.sampling import sample_images
 from evaluation.scores import FeatureStatistics, frechet_distance, inception_score
-from trainer import data, schedules
+from trainer import data, failures, schedules
 from trainer.config import ScheduleConfig, TrainConfig
 
 LOG_SNR_GRID = np.linspace(-8, 8, 17)
@@ -49,10 +49,30 @@ class RungScorer:
     metric: Metric = "frechet"
 
     def __call__(self, denoiser: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, Any]:
-        """frechet, score, grid_loss; `samples`, (H, W, C) uint8, a picture of the first; `objective`, to be small."""
-        metrics: dict[str, Any] = {"grid_loss": grid_loss(denoiser, config.schedule, self.probe, device)}
-        metrics |= self._judge(denoiser, config, device)
+        """frechet, score, grid_loss; `samples`, (H, W, C) uint8, a picture of the first; `objective`, to be small.
+
+        Raises TooLittleMemoryError, which says what to set.
+        """
+        try:
+            metrics: dict[str, Any] = {"grid_loss": grid_loss(denoiser, config.schedule, self.probe, device)}
+            metrics |= self._judge(denoiser, config, device)
+        except (RuntimeError, MemoryError) as error:
+            if failures.is_out_of_memory(error):
+                raise failures.TooLittleMemoryError(self._out_of_memory(device)) from error
+            raise
         return metrics | {"objective": objective(metrics, self.metric)}
+
+    def _out_of_memory(self, device: torch.device) -> str:
+        block, probe = self.sampler.block_size, len(self.probe)
+        remedy = (
+            f"set early_stopping.sampler.block_size to {block // 2} (for all trials: other blocks are other images)"
+            if block > probe  # the grid loss takes so many at once
+            else "give a smaller train.model or a smaller train.data.image_size"
+        )
+        return (
+            f"{failures.memory_of(device)} is too small to score a rung: {max(block, probe):,} images at once "
+            f"(early_stopping.sampler.block_size={block}); {remedy}"
+        )
 
     def _judge(self, denoiser: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, Any]:
         metrics: dict[str, Any] = {}

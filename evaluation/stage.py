@@ -7,6 +7,7 @@ call or a killed one left is kept, so calling again draws only what is missing.
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -267,7 +268,7 @@ def kept_images(run: Storage, candidate: Candidate, ranked: Mapping[str, Any]) -
     """The first images of a candidate as ranking.json had them drawn, (n, H, W, C) uint8: the same noise for every
     trial. n is KEPT_IMAGES, or all that were ranked.
 
-    Raises FileNotFoundError where they are no longer there, or were drawn by another version.
+    Raises FileNotFoundError where they are no longer there, cannot be read, or were drawn by another version.
     """
     drawn = {name: ranked[name] for name in ("images", "sampler", "weights") if name in ranked}
     shards = _shards_judged(
@@ -276,8 +277,7 @@ def kept_images(run: Storage, candidate: Candidate, ranked: Mapping[str, Any]) -
     parts = []
     for shard in shards:
         if shard.first < KEPT_IMAGES:
-            with np.load(io.BytesIO(run.read(shard.path)), allow_pickle=False) as content:
-                parts.append(content["images"])
+            parts.append(_results(run, shard)["images"])
     return np.concatenate(parts)
 
 
@@ -310,14 +310,40 @@ def _shards_judged(
     ]
 
 
+def _results(run: Storage, shard: Shard) -> dict[str, np.ndarray]:
+    """probabilities, features and kept images. Raises FileNotFoundError where there are none, or none that are whole.
+
+    One that is cut or damaged is as good as none: it can be drawn again.
+    """
+    content = run.read(shard.path)
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            damaged = archive.testzip()  # the check sums, before NumPy believes a header
+        if damaged is None:
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in ("probabilities", "features", "images")}
+        why = damaged
+    except MemoryError:
+        raise
+    except Exception as error:  # a flipped bit may be anything: another compression, a password, a wrong offset
+        why = f"{type(error).__name__}: {error}"
+    raise FileNotFoundError(f"{shard.path} is cut or damaged ({why}); ddpm-search evaluate draws it again")
+
+
 def _is_done(run: Storage, shard: Shard, config: FinalStageConfig) -> bool:
-    return run.exists(shard.path) and (not config.keep_images or run.exists(shard.images))
+    if not run.exists(shard.path) or (config.keep_images and not run.exists(shard.images)):
+        return False
+    try:
+        _results(run, shard)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _read(run: Storage, candidate: Candidate, config: FinalStageConfig, reference: Reference) -> Extraction:
     parts = []
     for shard in _shards(run, candidate, config, reference):
-        with np.load(io.BytesIO(run.read(shard.path)), allow_pickle=False) as content:
-            parts.append((content["probabilities"], content["features"]))
+        results = _results(run, shard)
+        parts.append((results["probabilities"], results["features"]))
     probabilities, features = zip(*parts, strict=True)
     return Extraction(np.concatenate(probabilities), np.concatenate(features))

@@ -16,6 +16,7 @@ from search import budget, tuner
 from search.config import SearchConfig
 from search.interrupt import Interrupt
 from search.records import CONFIRM, Records, Row
+from trainer.config import SEEDS
 from trainer.storage import Storage
 
 
@@ -58,7 +59,8 @@ def plan(config: SearchConfig, run: Storage, chosen: Sequence[Row]) -> tuple[Rec
     known = {row.trial for row in records}
     parents = {}
     for row in chosen:
-        for seed in range(row.seed + 1, row.seed + 1 + config.final.confirm.seeds):
+        for number in range(1, config.final.confirm.seeds + 1):
+            seed = (row.seed + number) % SEEDS
             name = f"{row.trial}-seed{seed}"
             parents[name] = row.trial
             if name not in known:

@@ -9,6 +9,7 @@ from optuna.samplers import BaseSampler
 
 from search import space
 from search.config import SearchConfig, UserError
+from trainer.config import SEEDS
 
 # Multivariate: parameters together. Group: a family's own apart from the others'. Constant liar: a running trial counts
 # as a bad one, so that many at once do not try one place.
@@ -34,7 +35,7 @@ def make(config: SearchConfig, drawn: int) -> BaseSampler:
     settings = DEFAULTS.get(name, {}) | ({"seed": config.seed} if "seed" in takes else {}) | options
     try:
         if drawn and settings.get("seed") is not None:
-            settings["seed"] += drawn
+            settings["seed"] = (settings["seed"] + drawn) % SEEDS
         if drawn and name == "QMCSampler":  # begins at its first point: another scrambling has other points
             settings["scramble"] = True
         with warnings.catch_warnings():

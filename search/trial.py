@@ -1,5 +1,6 @@
 """One Tune trial: Ray Train around the training loop, with the rung scorer plugged in."""
 
+import gc
 import os
 import traceback
 from collections.abc import Callable
@@ -92,7 +93,10 @@ def in_reused_process(run: Storage, scorer: RungScorer, rungs: list[int]) -> Cal
             traceback.print_exc()
             tune.report(failures.failure_report(error))
         finally:
+            # The next trial's memory is its own. First what only reference cycles still hold: a graphed network refers
+            # to its own replaced forward, and its graph's memory, weights and all, would stay until Python looks.
+            gc.collect()
             if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # the next trial's memory is its own
+                torch.cuda.empty_cache()
 
     return trial

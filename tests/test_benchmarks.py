@@ -100,6 +100,11 @@ def test_the_page_is_made_of_the_results():
     assert tables.PAGE.read_text() == tables.page(), "python -m benchmarks.tables"
 
 
+def test_every_throughput_that_a_document_shows_is_of_its_results():
+    document = tables.TRAINING.read_text()
+    assert tables.training(document) == document, "python -m benchmarks.tables"
+
+
 def test_the_study_s_table_is_made_of_its_results():
     document, results = study.DOCUMENT.read_text(), sorted(study.RESULTS.glob("study_*.json"))
     assert results

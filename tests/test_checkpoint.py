@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from trainer import checkpoint, model
+from trainer.checkpoint import Checkpoint
 from trainer.config import ModelConfig, TrainConfig
 from trainer.storage import Storage
+from trainer.upload import Uploader, checkpoint_name
 
 CONFIG = TrainConfig(model=ModelConfig(channels=(4, 8), attention=(False, True), attention_head_dim=8, norm_groups=2))
 
@@ -59,6 +61,11 @@ def test_those_of_another_configuration_are_named_and_passed_over(folder, capsys
     said = capsys.readouterr().out
     assert said.count("of another configuration") == 2
     assert "checkpoint_000000005" in said
+    found = checkpoint.load(folder.at("checkpoint_000000010"))
+    del found.meta["sha256"]
+    settings = CONFIG.model_dump(mode="json") | {"of_another_version": 1}
+    checkpoint.save(folder.at("checkpoint_000000010"), found.state, found.meta | {"config": settings})
+    assert checkpoint.latest(folder, of=CONFIG)[0].uri.endswith("checkpoint_000000005")
 
 
 def test_ray_trains_own_file_beside_them_is_no_checkpoint(folder):
@@ -113,3 +120,26 @@ def test_the_newest_of_a_rung_is_found_behind_a_newer_one(folder):
         checkpoint.save(folder.at(f"checkpoint_{step:09d}"), found.state, found.meta | {"metrics": metrics})
     assert checkpoint.latest(folder, of_a_rung=True)[0].uri.endswith("checkpoint_000000005")
     assert checkpoint.latest(folder)[0].uri.endswith("checkpoint_000000010")
+
+
+def test_those_of_another_configuration_are_not_kept_in_place_of_ours(folder):
+    """As where a trial's folder holds what an earlier search of that name left."""
+    found = checkpoint.load(folder.at("checkpoint_000000005"))
+    for name in checkpoint.names(folder):
+        folder.delete(name)
+
+    def store(step: int, rung: bool, **changes) -> None:
+        config = CONFIG.model_copy(update=changes).model_dump(mode="json")
+        meta = {name: value for name, value in found.meta.items() if name != "sha256"}
+        taken = Checkpoint(meta | {"step": step, "config": config, "metrics": {"rung": rung}}, found.state)
+        if changes:
+            checkpoint.save(folder.at(checkpoint_name(step)), taken.state, taken.meta)
+        else:
+            with Uploader(folder) as uploader:
+                uploader.start(taken, then=lambda folder: None)
+
+    for step, rung in ((8, True), (11, False), (99, True)):
+        store(step, rung, learning_rate=1e-5)
+    for step, rung in ((3, True), (6, False), (10, False), (12, False)):
+        store(step, rung)
+    assert [int(name[-2:]) for name in checkpoint.names(folder)] == [3, 10, 12, 99]

@@ -35,6 +35,16 @@ def test_each_new_seed_is_a_training_of_the_same_configuration(records, row):
     assert len(Records.load(records.run.at("confirm"))) == 3  # asked again, nothing is added
 
 
+def test_new_seeds_of_the_largest_seed_begin_again_at_0(records, row):
+    chosen = [row("a", seed=2**32 - 2, state="completed", checkpoint="train/a/c")]
+    records.add(chosen[0])
+    again, parents, settings = confirm.plan(CONFIG, records.run, chosen)
+    assert [row.seed for row in again] == [2**32 - 1, 0, 1]
+    assert list(parents) == [f"a-seed{row.seed}" for row in again]
+    searcher = HonestOptunaSearch(settings, "frechet", again, None)
+    assert [searcher.suggest(f"tune{i}")["train"]["seed"] for i in range(3)] == [2**32 - 1, 0, 1]
+
+
 def test_what_is_trained_already_is_not_trained_again_and_a_failure_is_told(records, row):
     chosen = [row("a", seed=0, state="completed", checkpoint="train/a/c")]
     records.add(chosen[0])

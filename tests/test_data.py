@@ -433,8 +433,9 @@ def test_palette_image_gets_its_colours(tmp_path):
     assert only(twice(tmp_path, palette))[0, 0].tolist() == [10, 200, 30]
 
 
-def test_sixteen_bits_keep_their_upper_eight(tmp_path):
-    deep = (np.arange(64, dtype=np.uint16) * 1000).reshape(8, 8)
+@pytest.mark.parametrize("step", [1000, 65])  # a camera's 12 bits reach to 4,095: dark, and nothing is clipped
+def test_sixteen_bits_keep_their_upper_eight(tmp_path, step):
+    deep = (np.arange(64, dtype=np.uint16) * step).reshape(8, 8)
     np.testing.assert_array_equal(only(twice(tmp_path, deep))[..., 0], (deep >> 8).astype(np.uint8))
 
 
@@ -661,8 +662,27 @@ def test_parquet_pattern_chooses_files(tmp_path):
         parquet_of(tmp_path / f"{name}.parquet", [encoded(noise(i, 8, 8)) for i in range(count)], None)
     splits = data.load(DataConfig(name=f"parquet:{tmp_path}/train-*.parquet"))
     assert len(splits.train) + len(splits.held_out) == 20
-    splits = data.load(DataConfig(name=f"parquet:{tmp_path}"))
-    assert len(splits.train) + len(splits.held_out) == 25
+
+
+@pytest.mark.parametrize(
+    ("files", "pattern"),
+    [
+        (("test-0.parquet", "train-0.parquet", "extra.parquet"), "train-*.parquet"),
+        (("data/train-0.parquet", "data/validation-0.parquet"), "data/train-*.parquet"),
+        (("Test.parquet", "Val.parquet"), "Test*.parquet"),
+        (("default/test/0.parquet", "default/train/0.parquet"), "default/train/*.parquet"),
+    ],
+)
+def test_parquet_files_of_differing_splits_are_refused_with_a_pattern_for_one(tmp_path, files, pattern):
+    """The published test split must not be trained on unseen."""
+    for name in files:
+        parquet_of(tmp_path / name, [encoded(noise(i, 8, 8)) for i in range(5)], None)
+    for name in (f"parquet:{tmp_path}", f"parquet:{tmp_path}/**/*.parquet"):
+        message = refusal(name=name)
+        assert "data.name" in message
+        assert "splits" in message
+        assert f"parquet:{tmp_path}/{pattern}," in message
+    assert len(data.load(DataConfig(name=f"parquet:{tmp_path}/{pattern}")).train) == 4
 
 
 def test_parquet_of_plain_bytes_with_names_as_labels_and_columns_of_other_names(tmp_path):
@@ -927,6 +947,18 @@ def test_parquet_without_the_image_column_names_those_it_has(tmp_path):
     assert "data.image_column" in message
     assert "['x', 'y']" in message
     assert "int64" in refusal(name=f"parquet:{tmp_path}", image_column="x")
+
+
+def test_a_label_column_that_was_asked_for_and_is_not_there_is_refused(tmp_path):
+    """Mistyped, it would leave the data without labels, and the search without its judge."""
+    path = parquet_of(tmp_path / "a.parquet", [encoded(noise(i, 8, 8)) for i in range(5)], [0, 1, 0, 1, 0])
+    message = refusal(name=f"parquet:{path}", label_column="labels")
+    assert "data.label_column='labels'" in message
+    assert "['img', 'label']" in message
+    assert "data.labels to false" in message
+    assert data.load(DataConfig(name=f"parquet:{path}", label_column="labels", labels=False)).train.labels is None
+    parquet_of(path, [encoded(noise(i, 8, 8)) for i in range(5)], None)
+    assert data.load(DataConfig(name=f"parquet:{path}")).train.labels is None
 
 
 def test_cut_parquet_file_is_named(tmp_path):

@@ -14,12 +14,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_loop import CPU, TINY, toy_images
+from test_loop import BREAKS, CPU, TINY, toy_images
 
+from evaluation.config import SamplerConfig
+from evaluation.rung import RungScorer
 from trainer import loop
 from trainer.config import TrainConfig
 from trainer.data import Images
-from trainer.failures import Worker, WorkerFailedError, explained, failure_reason
+from trainer.failures import TooLittleMemoryError, Worker, WorkerFailedError, explained, failure_reason
 
 pytestmark = pytest.mark.slow
 HANG_SECONDS = 3
@@ -64,6 +66,41 @@ def test_one_image_that_does_not_fit_asks_for_a_smaller_model():
         explained(TINY.model_copy(update={"micro_batch": 1}), CPU),
     ):
         torch.empty(2**60, dtype=torch.uint8)
+
+
+def breaking_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for what, rungs in (("loss", ()), ("weights", (1,))):
+        try:
+            worker = Worker(torch.device("cpu"), rank, 2)
+            loop.train(BREAKS, toy_images(), worker, lambda metrics, snapshot: None, rungs=rungs)
+        except loop.TrainingFailedError as error:
+            Path(folder, f"{what}{rank}").write_text(str(error))
+    dist.destroy_process_group()
+
+
+def test_all_workers_say_the_same_of_a_training_that_diverged(tmp_path):
+    mp.spawn(breaking_worker, (str(tmp_path),), nprocs=2)
+    for what, said in (
+        ("loss", "the loss is nan at step 2 (epoch 2); the last finite one was"),
+        ("weights", "weights"),
+    ):
+        assert (tmp_path / f"{what}0").read_text().startswith(said)
+        assert (tmp_path / f"{what}0").read_text() == (tmp_path / f"{what}1").read_text()
+
+
+def test_too_little_memory_for_a_rung_asks_for_a_smaller_block_of_its_sampler():
+    def judged(block_size: int) -> None:
+        sampler = SamplerConfig(steps=2, block_size=block_size)
+        score = RungScorer(None, None, toy_images(4).pixels, 4, sampler, "grid_loss")
+        loop.train(TINY, toy_images(), CPU, lambda metrics, snapshot: None, score=score)
+
+    judged(2)
+    with pytest.raises(TooLittleMemoryError, match=f"early_stopping.sampler.block_size to {2**50} ") as failed:
+        judged(2**51)
+    assert str(failed.value).startswith("memory is too small to score a rung: 2,251,799,813,685,248 images at once")
+    assert 0 < failed.value.worker_seconds < 60
 
 
 def silent_worker(rank: int, folder: str) -> None:

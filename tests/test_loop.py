@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from trainer import checkpoint, loop
+from trainer.checkpoint import Checkpoint
 from trainer.config import DataConfig, ModelConfig, SpeedConfig, TrainConfig
 from trainer.data import Images, batch_indices, epoch_end
 from trainer.ema import EMA
@@ -168,12 +170,48 @@ def test_a_training_that_is_read_from_a_memory_map_is_the_same(tmp_path):
     assert_same_tensors(record(TINY, images=mapped)["states"], record(TINY)["states"])
 
 
+# Adam's first step is learning_rate / 0.1 long: too long for a float32, so that the first step breaks every weight.
+BREAKS = TINY.model_copy(update={"learning_rate": 1e39, "batch_size": 24, "checkpoint_seconds": None, "epochs": 2})
+
+
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_the_last_finite_one():
-    with pytest.raises(
-        loop.TrainingFailedError, match=r"the loss is (nan|inf) at step (\d+) \(epoch 1\); the last finite one"
-    ) as failed:
-        record(TINY.model_copy(update={"learning_rate": 1e30, "gradient_clip": 1e30}))
+    """Of the epoch before, too: an epoch is one step here."""
+    loss = TrainStep(BREAKS, toy_images(), CPU)(0)[0].item()
+    with pytest.raises(loop.TrainingFailedError) as failed:
+        record(BREAKS)
+    assert str(failed.value) == f"the loss is nan at step 2 (epoch 2); the last finite one was {loss:.4g}"
     assert 0 < failed.value.worker_seconds < 60  # what it took until then
+
+
+@pytest.mark.parametrize(
+    "changes", [{"epochs": 1}, {"checkpoint_epochs": 1}, {"batch_size": 8, "checkpoint_seconds": 0}]
+)
+def test_weights_that_the_last_step_broke_are_neither_scored_nor_stored(changes, monkeypatch):
+    """The loss is of the weights before."""
+    monkeypatch.setattr(loop, "CHECK_STEPS", 1)
+    with pytest.raises(loop.TrainingFailedError) as failed:
+        loop.train(
+            BREAKS.model_copy(update=changes),
+            toy_images(),
+            CPU,
+            lambda metrics, snapshot: pytest.fail("stored"),
+            score=lambda *of: pytest.fail("scored"),
+        )
+    assert re.fullmatch(
+        r"weights are not finite after step 1 \(epoch 1\), whose loss was still [01]\.\d+", str(failed.value)
+    )
+    assert 0 < failed.value.worker_seconds < 60
+
+
+def test_a_resumed_training_knows_the_last_loss_of_the_one_before():
+    taken = record(TINY, rungs=[1])
+    advance = TrainStep(TINY, toy_images(), CPU)
+    losses = [advance(step)[0].item() for step in range(3)]  # an epoch
+    state, meta = taken["states"][3], taken["metas"][3]
+    state["model"]["conv_out.bias"][:] = torch.nan
+    with pytest.raises(loop.TrainingFailedError) as failed:
+        record(TINY, resume=Checkpoint(meta, state))
+    assert str(failed.value) == f"the loss is nan at step 4 (epoch 2); the last finite one was {losses[-1]:.4g}"
 
 
 def test_a_batch_larger_than_the_data_is_refused():

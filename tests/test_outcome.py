@@ -1,5 +1,6 @@
 """What a run leaves, and what it is judged by wherever it is looked at: no Ray."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,14 @@ def test_a_run_s_damaged_judge_is_replaced_by_the_machine_s_own(finished, caplog
 
 
 @pytest.mark.slow
-def test_ranked_images_that_are_gone_are_said_to_be_gone(finished):
+@pytest.mark.parametrize("how", ["cut", "deleted"])
+def test_ranked_images_that_are_gone_are_said_to_be_gone(finished, how):
     _, run = finished
-    run.delete("evaluation")
+    if how == "cut":
+        for path in Path(run.root).glob("evaluation/*/*/*.npz"):
+            os.truncate(path, path.stat().st_size // 2)
+    else:
+        run.delete("evaluation")
     outcome.report_again(run.uri, QUIET)
     page = run.read(outcome.REPORT).decode()
     assert "drawn no images yet" not in page

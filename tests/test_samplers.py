@@ -44,7 +44,8 @@ def test_a_brute_force_search_suits_a_space_of_choices():
 @pytest.mark.parametrize(
     "searcher",
     ["tpe", "random", "QMCSampler", "NSGAIISampler", "{name: tpe, options: {seed: 3}}",
-     "{name: random, options: {seed: 3}}", "{name: QMCSampler, options: {seed: 3, scramble: true}}"],
+     "{name: random, options: {seed: 3}}", "{name: QMCSampler, options: {seed: 3, scramble: true}}",
+     "{name: random, options: {seed: 4294967295}}"],
 )  # fmt: skip
 def test_a_resumed_search_suggests_nothing_again(tmp_path, searcher):
     one = "space={families: {cosine: {}}}"

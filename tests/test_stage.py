@@ -153,6 +153,35 @@ def test_kept_images_are_what_was_scored_and_score_reads_them(run, judge):
     np.testing.assert_allclose(after.features, before.features, rtol=1e-5, atol=1e-6)
 
 
+def test_a_shard_that_is_cut_or_damaged_counts_as_absent_and_is_drawn_again(run, judge):
+    candidate = train(run, "a", 0)
+    draw_here(run, [candidate], CONFIG, judge)
+    ranked = stage.ranking(run, [candidate], CONFIG, judge, {})
+    first, second = stage._shards(run, candidate, CONFIG, judge)
+    whole = run.read(first.path)
+    rng = np.random.default_rng(0)
+    damaged = [whole[:end] for end in (0, 2, 100, len(whole) - 1)]
+    for place in rng.integers(len(whole), size=60):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << rng.integers(8)
+        damaged.append(bytes(flipped))
+    noticed = 0
+    for content in damaged:
+        run.write(first.path, content)
+        if stage._is_done(run, first, CONFIG):  # the byte says nothing, such as a date
+            assert stage.ranking(run, [candidate], CONFIG, judge, {}) == ranked
+        else:
+            noticed += 1
+            with pytest.raises(FileNotFoundError, match=first.path):
+                stage.kept_images(run, candidate, ranked)
+    assert noticed > 50
+    run.write(first.path, whole[:100])
+    before = written(run, second.path)
+    assert draw_here(run, [candidate], CONFIG, judge) == {}
+    assert stage.ranking(run, [candidate], CONFIG, judge, {}) == ranked
+    assert written(run, second.path) == before
+
+
 def test_a_ranking_of_fewer_images_shows_them_as_they_were_ranked(run, judge):
     """`report` after `evaluate --images SMALLER`, when shards of both are there."""
     candidate = train(run, "a", 0)

@@ -82,6 +82,14 @@ def names(storage: Storage) -> list[str]:
     return [name for name in storage.names() if re.fullmatch(r"checkpoint_\d{9}", name)]
 
 
+def is_of(meta: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether what checkpoint.json says is a training that learns as `config` does."""
+    try:
+        return TrainConfig.model_validate(meta["config"]).learned() == config.learned()
+    except (KeyError, ValueError):  # settings that this version does not know
+        return False
+
+
 def latest(
     storage: Storage, of_a_rung: bool = False, of: TrainConfig | None = None
 ) -> tuple[Storage, Checkpoint] | None:
@@ -96,7 +104,7 @@ def latest(
         except BrokenCheckpointError as error:
             print(f"{error}; trying the one before", flush=True)
             continue
-        if of is not None and found.config.learned() != of.learned():
+        if of is not None and not is_of(found.meta, of):
             print(f"checkpoint {folder.uri} is of another configuration: it is passed over", flush=True)
             continue
         if not of_a_rung or found.meta.get("metrics", {}).get("rung"):

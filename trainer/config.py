@@ -16,7 +16,8 @@ from pydantic import (
 
 from trainer import schedules
 
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # as NumPy and Optuna take them
+SEEDS = 2**32  # how many there are: 0 and up, as NumPy and Optuna take them
+Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 
 
 class Config(BaseModel):

@@ -5,6 +5,7 @@ The published data sets are in published.py.
 
 import glob
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -128,7 +129,25 @@ def parquet(path: Path, config: DataConfig) -> Source:
             f"data.name: no Parquet file at {path}; give parquet:PATH of a file, of a folder of files, "
             "or a pattern such as parquet:data/train-*.parquet"
         )
+    _refuse_splits(path, files)
     return Source(files, lambda: _read_parquet(files, config), config.image_size)
+
+
+def _refuse_splits(path: Path, files: list[Path]) -> None:
+    """A published test split must not be trained on because it lies beside the rest."""
+    patterns: dict[str, Path] = {}  # of each split
+    for file in files:
+        found = re.match("([A-Za-z]+)[-_]?", file.name)
+        if found and found[1].lower() in SPLIT_NAMES:
+            patterns.setdefault(found[1].lower(), file.with_name(f"{found[0]}*.parquet"))
+        elif file.parent.name.lower() in SPLIT_NAMES:
+            patterns.setdefault(file.parent.name.lower(), file.with_name("*.parquet"))
+    if len(patterns) > 1:
+        raise ValueError(
+            f"data.name: the Parquet files of {path} are of several splits ({', '.join(sorted(patterns))}); give one "
+            f"of them, such as parquet:{patterns.get('train') or min(patterns.values())}, and data.train_fraction "
+            "splits it"
+        )
 
 
 def _read_parquet(files: list[Path], config: DataConfig) -> Listing:
@@ -147,6 +166,12 @@ def _read_parquet(files: list[Path], config: DataConfig) -> Listing:
                     labels.append(opened.read([config.label_column])[config.label_column])
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"data.name: {file} is no Parquet file, or is damaged ({error}); make it again") from error
+    # The default may be absent, for images may have no labels; a column that was named is wanted.
+    if config.labels and not labels and config.label_column != DataConfig.model_fields["label_column"].default:
+        raise ValueError(
+            f"data.label_column={config.label_column!r} is in none of the Parquet files; the columns of {file} are "
+            f"{schema.names}; name one of them, or set data.labels to false"
+        )
     if labels and len(labels) < len(files):
         raise ValueError(
             f"data.label_column={config.label_column!r} is in {len(labels)} of the {len(files)} Parquet files; "

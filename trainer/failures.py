@@ -62,6 +62,15 @@ def counted(meta: dict[str, Any], worker: Worker) -> Iterator[None]:
     add()
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    no_memory = ("can't allocate memory", "could not create a primitive")  # PyTorch's and oneDNN's, on CPUs
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in str(error) for said in no_memory)
+
+
+def memory_of(device: torch.device) -> str:
+    return "the GPU's memory" if device.type == "cuda" else "memory"
+
+
 @contextlib.contextmanager
 def explained(config: TrainConfig, worker: Worker) -> Iterator[None]:
     """Around steps: too little memory, and workers that do not answer, become a WorkerFailedError with a remedy."""
@@ -69,8 +78,7 @@ def explained(config: TrainConfig, worker: Worker) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         text = str(error)
-        no_memory = ("can't allocate memory", "could not create a primitive")  # PyTorch's and oneDNN's, on CPUs
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in text for said in no_memory):
+        if is_out_of_memory(error):
             raise TooLittleMemoryError(_out_of_memory(config, worker)) from error
         if worker.world_size > 1 and ("Timed out" in text or "closed by peer" in text or "reset by peer" in text):
             raise WorkerFailedError(
@@ -88,9 +96,8 @@ def _out_of_memory(config: TrainConfig, worker: Worker) -> str:
         if at_once > 1
         else "give a smaller train.model or a smaller train.data.image_size"
     )
-    memory = "the GPU's memory" if worker.device.type == "cuda" else "memory"
     images = f"{at_once} image{'s' if at_once > 1 else ''} at once"
     return (
-        f"{memory} is too small for {images} (train.batch_size={config.batch_size}, "
+        f"{memory_of(worker.device)} is too small for {images} (train.batch_size={config.batch_size}, "
         f"train.micro_batch={config.micro_batch}, {worker.world_size} workers); {remedy}"
     )

@@ -51,8 +51,9 @@ def train(
     At rungs and at the last epoch `score` is called on rank 0; where there are several EMA decays, the last epoch
     scores each and the best becomes the model. log(metrics) is called on rank 0 at the end of every epoch. Where
     stop() becomes true (asked on rank 0, in a process of its own between any two steps), a checkpoint is reported.
-    Raises TrainingFailedError on every rank where a loss is not finite, WorkerFailedError where this rank's memory is
-    too small or another rank does not answer, and InterruptedTrainingError after stop().
+    Raises TrainingFailedError on every rank where a loss, or a weight that is to be reported, is not finite,
+    WorkerFailedError where this rank's memory is too small or another rank does not answer, and
+    InterruptedTrainingError after stop().
     """
     num_images, device = len(images), worker.device
     if config.batch_size > num_images:
@@ -63,11 +64,12 @@ def train(
     # A training as new, or as it was.
     with explained(config, worker):
         advance = TrainStep(config, images, worker)
-    meta: dict[str, Any] = {"step": 0, "epoch": 0, "worker_seconds": 0.0, "ema_decay": config.ema_decays[0]}
+    meta: dict[str, Any] = {"step": 0, "epoch": 0, "worker_seconds": 0.0, "last_loss": None}
+    meta["ema_decay"] = config.ema_decays[0]
     losses = norms = torch.zeros(0)
     if resume is not None:
         advance.load(resume.state, updates=resume.meta["step"])
-        meta = {name: resume.meta[name] for name in meta}
+        meta = {name: resume.meta.get(name) for name in meta}  # an earlier version's has no last_loss
         losses, norms = resume.state["losses"], resume.state["norms"]
     meta |= {"image_shape": images.shape, "config": config.model_dump(mode="json")}
     reported_at = time.monotonic()
@@ -108,9 +110,15 @@ def train(
                 late = worker.rank == 0 and is_due(ended_epoch)
                 due, stopped = _agree(done, [late, asked], worker)
                 values = torch.stack(done).cpu()
-                _refuse_non_finite(torch.cat([losses[-1:], values[:, 0]]).numpy(), meta["step"] + len(done), epoch)
+                _refuse_non_finite(values[:, 0].numpy(), meta, epoch)
+                meta |= {"step": meta["step"] + len(done), "last_loss": values[-1, 0].item()}
+                at_rung = ended_epoch in rungs or ended_epoch == config.epochs
+                if (at_rung or due or stopped) and not advance.is_finite():  # the last step's loss is of those before
+                    raise TrainingFailedError(
+                        f"weights are not finite after step {meta['step']} (epoch {epoch}), whose loss was still "
+                        f"{meta['last_loss']:.4g}"
+                    )
             losses, norms = torch.cat([losses, values[:, 0]]), torch.cat([norms, values[:, 1]])
-            meta["step"] += len(done)
             if meta["step"] < last_step and (due or stopped):
                 hand_over(_progress(meta, rung=False))
             if stopped and meta["step"] < last_step:
@@ -119,7 +127,6 @@ def train(
         # The end of an epoch: what was learned is logged, at rungs it is scored, and there it is reported.
         seconds = time.monotonic() - began
         meta["epoch"] = epoch
-        at_rung = epoch in rungs or epoch == config.epochs
         metrics = _progress(meta, rung=at_rung) | {
             "train_loss": losses.mean().item(),
             "learning_rate": learning_rate,
@@ -188,11 +195,11 @@ def _score(
     return metrics
 
 
-def _refuse_non_finite(losses: np.ndarray, last_step: int, epoch: int) -> None:
-    """losses: of the steps up to `last_step`, counted from 1."""
+def _refuse_non_finite(losses: np.ndarray, meta: dict[str, Any], epoch: int) -> None:
+    """losses: of the steps that follow those done before, of which `meta` tells."""
     if np.isfinite(losses).all():
         return
     bad = int(np.argmax(~np.isfinite(losses)))
-    before = f"; the last finite one was {losses[bad - 1]:.4g}" if bad else ""
-    step = last_step - (len(losses) - 1 - bad)
-    raise TrainingFailedError(f"the loss is {losses[bad]} at step {step} (epoch {epoch}){before}")
+    last = losses[bad - 1] if bad else meta["last_loss"]
+    before = "" if last is None else f"; the last finite one was {last:.4g}"
+    raise TrainingFailedError(f"the loss is {losses[bad]} at step {meta['step'] + bad + 1} (epoch {epoch}){before}")

@@ -125,6 +125,10 @@ class TrainStep:
             self._denoise.no_sync() if isinstance(self._denoise, DistributedDataParallel) else contextlib.nullcontext()
         )
 
+    def is_finite(self) -> bool:
+        """Whether every weight is; asking waits for the device."""
+        return bool(torch.stack([weight.isfinite().all() for weight in self.network.parameters()]).all())
+
     def state(self) -> dict[str, Any]:
         """Everything that a step changes."""
         return {

@@ -2,10 +2,11 @@
 
 import threading
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
+from trainer.config import TrainConfig
 from trainer.storage import Storage
 
 KEPT_CHECKPOINTS = 2  # the one before is what is left where the newest is damaged
@@ -41,7 +42,7 @@ class Uploader:
         def store() -> None:
             try:
                 checkpoint.save(self.checkpoints.at(name), taken.state, taken.meta)
-                self._delete_older_than(name)
+                self._delete_older_than(name, taken.config)
             except BaseException as error:
                 self._error = error
 
@@ -50,19 +51,26 @@ class Uploader:
         self._thread = threading.Thread(target=store, daemon=True, name="checkpoint")
         self._thread.start()
 
-    def _delete_older_than(self, newest: str) -> None:
-        """Two stay, and the last rung's, which the trials table names. Those that were cut short count as none."""
+    def _delete_older_than(self, newest: str, config: TrainConfig) -> None:
+        """Two stay, and the last rung's, which the trials table names.
+
+        Those that were cut short count as none, and so do those of another configuration: a training that goes on
+        passes over them.
+        """
         names = [name for name in checkpoint.names(self.checkpoints) if name <= newest]
-        whole = [name for name in names if self.checkpoints.exists(f"{name}/checkpoint.json")]
-        rungs = [name for name in whole if self._is_rung(name)]
-        for name in set(names) - set(whole[-KEPT_CHECKPOINTS:]) - set(rungs[-1:]):
+        described = {name: self._meta(name) for name in names}
+        own = [name for name in names if checkpoint.is_of(described[name], config)]
+        rungs = [name for name in own if described[name].get("metrics", {}).get("rung")]
+        for name in set(names) - set(own[-KEPT_CHECKPOINTS:]) - set(rungs[-1:]):
             self.checkpoints.delete(name)
 
-    def _is_rung(self, name: str) -> bool:
+    def _meta(self, name: str) -> dict[str, Any]:
+        """What checkpoint.json says; nothing where it is broken."""
         try:
-            return bool(self.checkpoints.read_json(f"{name}/checkpoint.json")["metrics"]["rung"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return False  # it is broken
+            meta = self.checkpoints.read_json(f"{name}/checkpoint.json")
+        except (FileNotFoundError, ValueError):
+            return {}
+        return meta if isinstance(meta, dict) else {}
 
     def finish(self) -> None:
         """Waits for what is being stored. Raises its error."""
