@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from evaluation import events, export, pictures, report, stage
+from evaluation import card, events, export, pictures, report, stage
 from evaluation.config import SamplerConfig
 from evaluation.sampling import sample_images
 from search import budget, confirm, watch
@@ -64,14 +64,13 @@ def export_trial(
     entries = ranked["trials"] if ranked else []
     entry = next((e for e in entries if trial == e["trial"] or trial in (e.get("seeds") or ())), None)
     raw = (weights or (ranked or {}).get("weights", config.final.weights)) == "raw"
-    data_name = config.train.data.name
-    card = export.model_card(config.name, dataclasses.asdict(row), data_name, ranked, entry, raw, torch_export)
+    text = card.model_card(config.name, dataclasses.asdict(row), found, ranked, entry, raw, torch_export)
     provenance = {"run": config.name, "trial": trial, "checkpoint": row.checkpoint, "checkpoint_meta": found.meta}
     provenance["weights"] = "raw" if raw else "ema"
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(run.root) if run.is_local else Path(scratch)
         folder, picture = (out, out / "samples.png") if out else (home / "export", home / "samples.png")
-        export.export_pipeline(found, folder, card, provenance, raw, torch_export)
+        export.export_pipeline(found, folder, text, provenance, raw, torch_export)
         images = _ranked_images(run, ranked, trial, row.checkpoint, "raw" if raw else "ema")
         if images is None:
             images = _drawn_here(folder, config.final.sampler, console)
