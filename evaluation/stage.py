@@ -247,6 +247,7 @@ def ranking(
         "steps": config.sampler.steps,
         "seed": config.sampler.seed,
         "weights": config.weights,
+        "top": config.top,
         "real": real_row(reference.held_out),
         "noise": real_row(reference.noise),
         "trials": [row(trial) for trial in ranked],

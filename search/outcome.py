@@ -125,7 +125,6 @@ def write_report(
                 for name in run.names(f"tensorboard/{trial}"):
                     (folder / name).write_bytes(run.read(f"tensorboard/{trial}/{name}"))
             logged[trial] = events.read(folder)
-    commands = [f"ddpm-search run {run.uri}/{CONFIG} --name {config.name}-again", f"ddpm-search status {run.uri}"]
     page = report.render(
         run_name=config.name,
         config=config.model_dump(mode="json"),
@@ -135,11 +134,25 @@ def write_report(
         samples=samples,
         real_samples=splits.held_out.pixels[splits.held_out.drawn(SAMPLES)],
         events=logged,
-        commands=commands,
+        commands=_commands(config, run, ranked),
         versions=versions(),
         ended=budget.read(run).get("ended"),
     )
     run.write(REPORT, page.encode())
+
+
+def _commands(config: SearchConfig, run: Storage, ranked: dict[str, Any] | None) -> list[str]:
+    """What makes a run again, and its ranking where `evaluate` made that by other settings than the run's."""
+    final, drawn = config.final, ranked or {}
+    own: dict[str, Any] = {"top": final.top, "images": final.images, "weights": final.weights}
+    own |= {"sampler": final.sampler.name, "steps": final.sampler.steps}
+    drawn = drawn | {"sampler": drawn.get("sampler", {}).get("name", final.sampler.name)}
+    others = [f"--{name} {drawn[name]}" for name, value in own.items() if drawn.get(name, value) != value]
+    return [
+        f"ddpm-search run {run.uri}/{CONFIG} --name {config.name}-again",
+        *([f"ddpm-search evaluate runs/{config.name}-again {' '.join(others)}"] if others else []),
+        f"ddpm-search status {run.uri}",
+    ]
 
 
 def versions() -> dict[str, str]:

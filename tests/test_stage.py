@@ -2,12 +2,14 @@
 
 import io
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -133,6 +135,33 @@ def test_raw_weights_draw_other_images_than_the_ema(run, judge):
         for config in (CONFIG, raw)
     ]
     assert (shown[0] != shown[1]).any()
+
+
+@pytest.mark.slow
+def test_a_ranking_with_another_sampler_or_weights_mixes_no_shards_with_the_first_one_s(run, judge, tmp_path):
+    candidates = [train(run, "a", 0), train(run, "b", 1)]
+
+    def ranked_with(at: Storage, config: FinalStageConfig) -> dict[str, Any]:
+        assert draw_here(at, candidates, config, judge) == {}
+        return stage.ranking(at, candidates, config, judge, {})
+
+    first = ranked_with(run, CONFIG)
+    left = {path: path.read_bytes() for path in Path(run.root, "evaluation").rglob("*.npz")}
+    for number, changes in enumerate(
+        [{"sampler": {"name": "ddpm"}}, {"sampler": {"steps": 7}}, {"sampler": {"seed": 1}}, {"weights": "raw"}]
+    ):
+        tree = CONFIG.model_dump()
+        tree |= {name: tree[name] | own if isinstance(own, dict) else own for name, own in changes.items()}
+        other = FinalStageConfig.model_validate(tree)
+        alone = Storage(tmp_path / f"alone{number}")
+        shutil.copytree(Path(run.root, "train"), Path(alone.root, "train"))
+        again = ranked_with(run, other)
+        assert again == ranked_with(alone, other), f"not what a run without earlier shards gives: {changes}"
+        assert again["trials"] != first["trials"]
+        assert {path: path.read_bytes() for path in left} == left
+    drawn = {path: path.stat().st_mtime_ns for path in left}
+    assert ranked_with(run, CONFIG) == first
+    assert {path: path.stat().st_mtime_ns for path in left} == drawn, "drawn twice"
 
 
 def test_kept_images_are_what_was_scored_and_score_reads_them(run, judge):
