@@ -181,8 +181,9 @@ def ranking(
 
     notes: trial → reason, for trials that have no images. The real images are held-out ones; where they are fewer
     than `config.images`, `at_real_n` has every trial's scores, precision and recall at their number, for a fair
-    comparison. KID, precision and recall (k = 3) compare with `real_images` training images; `score_pool` is the score
-    without splits; `dropped` images are left over by whole splits, and only by the score.
+    comparison. Fréchet distances are to all `train_images`, KID, precision and recall (k = 3) to `real_images` of
+    them; `score_pool` is the score without splits; `dropped` images are left over by whole splits, and only by the
+    score.
     """
     drawn = {c.trial: _read(run, c, config, reference) for c in candidates if c.trial not in notes}
     repeats = {c.trial: c.repeats for c in candidates}
@@ -242,6 +243,7 @@ def ranking(
         "images": config.images,
         "split_size": n,
         "dropped": config.images % n,
+        "train_images": reference.train.n,
         "real_images": len(train),
         "sampler": config.sampler.model_dump(),
         "steps": config.sampler.steps,

@@ -305,6 +305,22 @@ def test_precision_and_recall_are_compared_at_one_number_of_images():
     assert "0.95" not in text
 
 
+def test_every_number_has_its_count_of_images_and_a_score_its_spread_and_its_one_pool_beside_it():
+    score = {"mean": 9.5, "std": 0.04, "ci": [9.4, 9.6]}
+    own = {"score": score, "score_pool": 9.58, "kid": {"value": 0.0012, "ci": [0.001, 0.0014]}}
+    ranked = ranking(entry(1, "t1", **own), entry(2, "t0"), train_images=50_000, real_images=10_000)
+    page = Page(render([], ranked))
+    assert "9.50 9.40 to 9.60 ± 0.04 between splits; one pool 9.58" in page.text
+    assert page.text.count("one pool") == 1  # t0 has one split, whose score is the pool's
+    assert "KID × 1000 10,000 images, 95% CI" in page.text
+    assert (
+        "Fréchet distances are to all 50,000 training images; KID, precision and recall to 10,000 of them." in page.text
+    )
+    assert "DDIM, 50 steps, eta 0, seed 0" in page.text
+    assert "the mean over splits of 5,000 images" in page.text
+    assert "Fréchet distances are to all" not in Page(render([], ranking(entry(1, "t1")))).text
+
+
 def test_what_is_left_over_by_whole_splits_is_said_wherever_a_score_is():
     real = {"n": 7000, "dropped": 2000, "score": 9.77, "frechet": 1.25}
     ranked = ranking(entry(1, "t1"), images=8000, dropped=3000, real=real)

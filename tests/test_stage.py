@@ -201,6 +201,7 @@ def test_a_ranking_says_what_its_numbers_are_and_agrees_with_the_scores(run, jud
     assert ranked["extractor"] == "classifier"
     assert (ranked["images"], ranked["split_size"], ranked["dropped"], ranked["steps"]) == (50, 20, 10, 2)
     assert (ranked["seed"], ranked["weights"], ranked["real_images"]) == (0, "ema", 60)
+    assert (ranked["train_images"], ranked["top"]) == (60, 5)
     assert [row["trial"] for row in ranked["trials"]][2] == "lost"
     assert ranked["trials"][2]["reason"] == "the loss was not finite"
     for row, candidate in ((row, c) for row in ranked["trials"] for c in candidates if c.trial == row["trial"]):
