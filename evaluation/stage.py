@@ -2,6 +2,10 @@
 
 A shard is whole blocks of images, a function of (checkpoint, sampler, extractor, first index, count). What an earlier
 call or a killed one left is kept, so calling again draws only what is missing.
+
+Shards go to a pool of actors and not through Ray Data's map_batches, which has no way to drop what is left of a trial
+that turned out to have no score, and starts dead actors again for ever where this gives up after a few. What the two
+take for the same shards: benchmarks/pool_or_ray_data.py.
 """
 
 import hashlib
