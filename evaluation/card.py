@@ -116,7 +116,8 @@ def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial
     score, frechet, real, same = entry["score"], entry["frechet"], ranking["real"], entry["at_real_n"]
     name, images, real_n = ranking["score_name"], f"{ranking['images']:,} images", f"{real['n']:,}"
     tied = ", ".join(entry["tied_with"]) or "no other"
-    sampler = ", ".join(f"{key} {value}" for key, value in ranking["sampler"].items())
+    drawn = ranking["sampler"] | ({"steps": entry["steps"]} if entry.get("steps") else {})  # a schedule may have fewer
+    sampler = ", ".join(f"{key} {value}" for key, value in drawn.items())
     this, own = "this model", []
     if entry["confirmed"]:
         this = f"the configuration, mean of {len(entry['seeds'])} new seeds"

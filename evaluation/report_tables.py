@@ -120,6 +120,8 @@ def _judged(ranking: Mapping[str, Any]) -> str:
             f"Judged by a classifier trained on the data's own labels, {accuracy:.1%} right on real held-out images: "
             "its classifier score is the Inception Score's formula, and not comparable with published ones."
         )
+    taken = sorted({entry["steps"] for entry in ranking["trials"] if entry.get("steps")})  # a schedule may have fewer
+    sampler = sampler_words(ranking["sampler"] | ({"steps": " or ".join(map(str, taken))} if taken else {}))
     weights = "the weights as trained" if ranking.get("weights") == "raw" else "EMA weights"
     real = ""
     if "train_images" in ranking:
@@ -127,7 +129,7 @@ def _judged(ranking: Mapping[str, Any]) -> str:
         real = f" Fréchet distances are to all {every:,} training images; KID, precision and recall to "
         real += "them as well." if some == every else f"{some:,} of them."
     return (
-        f"{judge} All trials drew from the same noise: {weights}, {sampler_words(ranking['sampler'])}. The score is "
+        f"{judge} All trials drew from the same noise: {weights}, {sampler}. The score is "
         f"the mean over splits of {ranking['split_size']:,} images.{real} Scores and distances compare only within one "
         "extractor, and at one number of images."
     )

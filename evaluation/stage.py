@@ -186,10 +186,11 @@ def ranking(
     notes: trial → reason, for trials that have no images. The real images are held-out ones; where they are fewer
     than `config.images`, `at_real_n` has every trial's scores, precision and recall at their number, for a fair
     comparison. Fréchet distances are to all `train_images`, KID, precision and recall (k = 3) to `real_images` of
-    them; `score_pool` is the score without splits; `dropped` images are left over by whole splits, and only by the
-    score.
+    them. `steps` are those that were taken, fewer than the sampler's where a schedule has no more; `score_pool` is the
+    score without splits; `dropped` images are left over by whole splits, and only by the score.
     """
     drawn = {c.trial: _read(run, c, config, reference) for c in candidates if c.trial not in notes}
+    steps = {c.trial: _steps(run, c, config) for c in candidates if c.trial in drawn}
     repeats = {c.trial: c.repeats for c in candidates}
     samples = [TrialSamples(t, judged.probabilities, judged.features, None, repeats[t]) for t, judged in drawn.items()]
     samples += [TrialSamples(trial, reason=reason, repeats=repeats.get(trial)) for trial, reason in notes.items()]
@@ -230,6 +231,7 @@ def ranking(
         own = [name for name, of in repeats.items() if trial.trial in (name, of)]
         lost = {"n": 0, "score": None, "frechet": None}
         return trial.to_dict() | {
+            "steps": max((steps[seed] for seed in trial.seeds), default=None),
             "at_real_n": whole if real_n == config.images else mean_at(real_n),
             "by_seed": [
                 (at(drawn[name], config.images) if name in drawn else lost) | {"trial": name, "reason": notes.get(name)}
@@ -250,7 +252,7 @@ def ranking(
         "train_images": reference.train.n,
         "real_images": len(train),
         "sampler": config.sampler.model_dump(),
-        "steps": config.sampler.steps,
+        "steps": max(steps.values(), default=config.sampler.steps),
         "seed": config.sampler.seed,
         "weights": config.weights,
         "top": config.top,
@@ -315,6 +317,11 @@ def _shards_judged(
         )
         for first in range(0, config.images, size)
     ]
+
+
+def _steps(run: Storage, candidate: Candidate, config: FinalStageConfig) -> int:
+    schedule = run.read_json(f"{candidate.checkpoint}/checkpoint.json")["config"]["schedule"]
+    return min(config.sampler.steps, int(schedule["steps"]))
 
 
 def _is_done(run: Storage, shard: Shard, config: FinalStageConfig) -> bool:

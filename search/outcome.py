@@ -146,7 +146,8 @@ def _commands(config: SearchConfig, run: Storage, ranked: dict[str, Any] | None)
     final, drawn = config.final, ranked or {}
     own: dict[str, Any] = {"top": final.top, "images": final.images, "weights": final.weights}
     own |= {"sampler": final.sampler.name, "steps": final.sampler.steps}
-    drawn = drawn | {"sampler": drawn.get("sampler", {}).get("name", final.sampler.name)}
+    sampler = drawn.get("sampler", {})
+    drawn = {**drawn, "sampler": sampler.get("name", own["sampler"]), "steps": sampler.get("steps", own["steps"])}
     others = [f"--{name} {drawn[name]}" for name, value in own.items() if drawn.get(name, value) != value]
     return [
         f"ddpm-search run {run.uri}/{CONFIG} --name {config.name}-again",

@@ -117,10 +117,11 @@ def test_card_states_parameters_scores_with_intervals_and_cost():
     entry = {
         **{"rank": 1, "score": {"mean": 9.5, "ci": [9.4, 9.6]}, "frechet": {"value": 5.0, "ci": [4.8, 5.2]}},
         **{"at_real_n": {"n": 360, "score": 9.2, "frechet": 7.9}, "p_best": 0.8},
-        **{"tied_with": ["t0"], "confirmed": False},
+        **{"tied_with": ["t0"], "confirmed": False, "steps": 20},
     }
     ranking = {
-        **{"score_name": "classifier score", "images": 10_000, "split_size": 5_000, "sampler": {"name": "ddim"}},
+        **{"score_name": "classifier score", "images": 10_000, "split_size": 5_000},
+        "sampler": {"name": "ddim", "steps": 50, "seed": 3},
         **{"extractor": "classifier of digits", "real": {"n": 360, "score": 9.77, "frechet": 1.25}, "trials": [entry]},
     }
     said = card(ranking, entry)
@@ -130,6 +131,7 @@ def test_card_states_parameters_scores_with_intervals_and_cost():
     assert "| real held-out images, 360 | 9.770 | 1.250 |" in said
     assert "2 worker-hours" in said
     assert "not told apart from t0" in said
+    assert "splits of 5,000 images; sampler name ddim, steps 20, seed 3." in said  # T has no more
 
 
 def test_card_of_a_trial_that_was_not_scored_says_so():

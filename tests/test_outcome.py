@@ -157,9 +157,9 @@ def test_a_report_says_by_which_command_its_ranking_was_made(finished):
     outcome.report_again(run.uri, QUIET)
     assert "ddpm-search evaluate" not in run.read(outcome.REPORT).decode()
     ranked = run.read_json(RANKING)
-    ranked |= {"sampler": ranked["sampler"] | {"name": "ddpm", "steps": 20}, "steps": 20, "weights": "raw"}
+    ranked |= {"sampler": ranked["sampler"] | {"name": "ddpm", "steps": 25}, "steps": 20, "weights": "raw"}
     run.write_json(RANKING, ranked)
     outcome.report_again(run.uri, QUIET)
     page = run.read(outcome.REPORT).decode()
-    assert "ddpm-search evaluate runs/mine-again --weights raw --sampler ddpm --steps 20\n" in page
+    assert "ddpm-search evaluate runs/mine-again --weights raw --sampler ddpm --steps 25\n" in page
     assert f"name: {config.final.sampler.name}\n" in page  # config.yaml as it is, below the commands

@@ -321,6 +321,22 @@ def test_every_number_has_its_count_of_images_and_a_score_its_spread_and_its_one
     assert "Fréchet distances are to all" not in Page(render([], ranking(entry(1, "t1")))).text
 
 
+@pytest.mark.parametrize(("steps", "said"), [((100, 100), "DDIM, 100 steps, eta"), ((100, 50), "50 or 100 steps")])
+def test_steps_are_those_that_trials_took_where_their_schedules_have_fewer(steps, said):
+    trials = [entry(rank, f"t{rank}", steps=taken) for rank, taken in enumerate(steps, 1)]
+    ranked = ranking(*trials, entry(None, "t4", reason="it diverged", steps=None))
+    ranked["sampler"]["steps"] = 1000
+    assert said in report_tables.leaderboard(ranked)
+
+
+def test_a_schedule_that_the_whole_search_reads_as_beta_is_called_so():
+    schedule = "train.schedule={family: cosine, start: 0, end: 1, space: beta}"
+    changed = config.load("digits", [schedule, "known_points=[]"]).model_dump(mode="json")
+    text = Page(render([row("t1")], ranking(entry(1, "t1")), samples={"t1": IMAGES}, config=changed)).text
+    assert "cosine(0, 1, tau 1) as beta" in text
+    assert text.count("cosine(0, 1, tau 1)") == text.count("cosine(0, 1, tau 1) as beta")
+
+
 def test_what_is_left_over_by_whole_splits_is_said_wherever_a_score_is():
     real = {"n": 7000, "dropped": 2000, "score": 9.77, "frechet": 1.25}
     ranked = ranking(entry(1, "t1"), images=8000, dropped=3000, real=real)

@@ -224,6 +224,16 @@ def test_a_ranking_says_what_its_numbers_are_and_agrees_with_the_scores(run, jud
     assert whole["trials"][0]["at_real_n"]["recall"] == whole["trials"][0]["recall"]
 
 
+def test_a_ranking_says_how_many_steps_were_taken_where_the_schedule_has_fewer_than_were_asked_for(run, judge):
+    candidate = train(run, "a", 0)  # T = 20
+    asked = CONFIG.model_copy(update={"sampler": CONFIG.sampler.model_copy(update={"steps": 1000})})
+    draw_here(run, [candidate], asked, judge)
+    ranked = stage.ranking(run, [candidate], asked, judge, {"lost": "it diverged"})
+    assert ranked["sampler"]["steps"] == 1000  # the setting, by which shards are found
+    assert [ranked["steps"], *(row["steps"] for row in ranked["trials"])] == [20, 20, None]
+    assert len(stage.kept_images(run, candidate, ranked)) == 50
+
+
 def test_fewer_images_than_a_split_are_one_split_that_says_its_size(run, judge):
     config = CONFIG.model_copy(update={"split_size": 5000})
     candidate = train(run, "a", 0)
