@@ -62,9 +62,10 @@ def leaderboard(ranking: Mapping[str, Any] | None) -> str:
 
     def reference(name: str, values: dict[str, Any]) -> tuple[str, list[str]]:
         main = [fixed(values["score"]), fixed(values["frechet"])] if real_n == images else ["", ""]
-        kid = values.get("kid")
+        kid = fixed(None if values.get("kid") is None else 1000 * values["kid"])
+        kid += f"<small>{count(real_n, 'image')}</small>" if real_n != images else ""
         cells = ["", f"<strong>{name}</strong>", *main, "", *[""] * led, ""]
-        return "reference", [*cells, *[fixed(None if kid is None else 1000 * kid)] * diverse, *at_real_n(values)]
+        return "reference", [*cells, *[kid] * diverse, *at_real_n(values)]
 
     body = [reference("Real held-out images", ranking["real"])]
     for entry in ranking["trials"]:
