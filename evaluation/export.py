@@ -12,7 +12,6 @@ from torch import nn
 
 from trainer import schedules
 from trainer.checkpoint import Checkpoint
-from trainer.config import ScheduleConfig
 
 FORMAT = "ddpm-search export 1"  # what marks a folder as ours, so that it may be replaced and read
 PROVENANCE = "provenance.json"
@@ -29,7 +28,7 @@ def export_pipeline(
 ) -> None:
     """Writes the EMA model (the raw one where asked for) and its schedule, for `DDPMPipeline.from_pretrained`.
 
-    card: the text of README.md, see `model_card`. provenance: where the model comes from, kept in provenance.json.
+    card: the text of README.md, see evaluation/card.py. provenance: where the model is from, kept in provenance.json.
     torch_export: writes the denoiser to denoiser.pt2 as well.
     The folder appears whole or not at all; an earlier export there is replaced.
     Raises FileExistsError where `out` holds anything else.
@@ -108,119 +107,6 @@ def load_export(folder: Path) -> tuple[nn.Module, np.ndarray, tuple[int, int, in
         raise ValueError(f"the export {folder} is damaged: {error}; write it again: `ddpm-search export`") from error
     height, width = denoiser.config.sample_size
     return denoiser.eval().requires_grad_(False), betas, (denoiser.config.in_channels, height, width)
-
-
-def model_card(
-    run_name: str,
-    row: dict[str, Any],
-    data_name: str,
-    ranking: dict[str, Any] | None,
-    entry: dict[str, Any] | None,
-    raw: bool = False,
-    torch_export: bool = False,
-) -> str:
-    """README.md of an export, as the Hugging Face hub reads it.
-
-    row: the trial in trials.parquet. ranking: ranking.json, entry: the trial in it, or the one it repeats; None where
-    it was not scored.
-    """
-    space = (row.get("settings") or {}).get("schedule.space", "alpha_bar")
-    own = {name: row[name] for name in ("family", "start", "end", "tau")}
-    schedule = ScheduleConfig.model_construct(**own, space=space)
-    lines = [
-        "---",
-        "library_name: diffusers",
-        "pipeline_tag: unconditional-image-generation",
-        "tags: [ddpm, diffusion, ddpm-search]",
-        "---",
-        "",
-        f"# DDPM of {data_name}: {schedule.label()}",
-        "",
-        f"Trial {row['trial']} of the search {run_name}, written by ddpm-search. "
-        + (
-            "The weights are as trained, not their moving average."
-            if raw
-            else "The weights are their moving average (EMA)."
-        ),
-        "",
-        "| | |",
-        "|---|---|",
-        f"| Noise schedule | {schedule.label()} |",
-        f"| Learning rate | {row['learning_rate']:.3g} |",
-        f"| Dropout | {row['dropout']:.3g} |",
-        f"| Training seed | {row['seed']} |",
-        f"| Epochs | {row['epoch']} ({row['state']}) |",
-        f"| Training cost | {row['worker_seconds'] / 3600:.3g} worker-hours for this trial |",
-        f"| Data | {data_name} |",
-        "",
-        "## Quality",
-        "",
-        *_quality(ranking, entry, row["trial"], "raw" if raw else "ema"),
-        "",
-        "## Use",
-        "",
-        "```python",
-        "from diffusers import DDPMPipeline",
-        "",
-        'pipe = DDPMPipeline.from_pretrained("path/to/this/folder")',
-        "steps = pipe.scheduler.config.num_train_timesteps",
-        "image = pipe(batch_size=1, num_inference_steps=steps).images[0]",
-        "```",
-        "",
-        f"The schedule is in the scheduler's `trained_betas`. Where the model comes from is in {PROVENANCE}.",
-        "",
-        *(
-            [f'`torch.export.load("{TORCH_EXPORT}").module()(x_t, t)` predicts the noise in up to 63 images.', ""]
-            if torch_export
-            else []
-        ),
-    ]
-    return "\n".join(lines)
-
-
-def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial: str, weights: str) -> list[str]:
-    """Scores of the entry, and of `trial` alone where the entry is a configuration's."""
-    if ranking is not None and ranking.get("weights", weights) != weights:
-        return [f"Not scored: the ranking is of the {ranking['weights']} weights, these are the {weights} ones."]
-    if ranking is None or entry is None or entry["rank"] is None:
-        why = f": {entry['reason']}" if entry and entry["reason"] else ""
-        return [f"Not scored by the final stage{why}."]
-    score, frechet, real, same = entry["score"], entry["frechet"], ranking["real"], entry["at_real_n"]
-    name, images, real_n = ranking["score_name"], f"{ranking['images']:,} images", f"{real['n']:,}"
-    tied = ", ".join(entry["tied_with"]) or "no other"
-    sampler = ", ".join(f"{key} {value}" for key, value in ranking["sampler"].items())
-    this, own = "this model", []
-    if entry["confirmed"]:
-        this = f"the configuration, mean of {len(entry['seeds'])} new seeds"
-        own = [_seed(seed, name, trial) for seed in entry["by_seed"]]
-    return [
-        f"| | {name} | Fréchet distance |",
-        "|---|---|---|",
-        f"| {this}, {images} | {_estimate(score, 'mean')} | {_estimate(frechet, 'value')} |",
-        f"| {this}, {real_n} images | {same['score']:.3f} | {same['frechet']:.3f} |",
-        f"| real held-out images, {real_n} | {real['score']:.3f} | {real['frechet']:.3f} |",
-        "",
-        f"Rank {entry['rank']} of {sum(e['rank'] is not None for e in ranking['trials'])}; best with probability "
-        f"{entry['p_best']:.2f}; not told apart from {tied}. Brackets are 95% confidence intervals, "
-        + ("of the configuration." if entry["confirmed"] else "of this trained model, not of its configuration."),
-        "",
-        *(f"- {line}" for line in own),
-        *([""] if own else []),
-        f"Judged by {ranking['extractor']}; splits of {ranking['split_size']:,} images; sampler {sampler}.",
-    ]
-
-
-def _seed(seed: dict[str, Any], name: str, trial: str) -> str:
-    label = f"Seed {seed['seed']} ({seed['trial']})"
-    if seed["score"] is None:
-        return f"{label}: no score: {seed['reason']}."
-    this = "; **this model**." if seed["trial"] == trial else "."
-    return f"{label}: {name} {seed['score']:.3f}, Fréchet distance {seed['frechet']:.3f}{this}"
-
-
-def _estimate(estimate: dict[str, Any], name: str) -> str:
-    low, high = estimate["ci"]
-    return f"{estimate[name]:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _is_export(folder: Path) -> bool:

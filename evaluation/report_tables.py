@@ -1,5 +1,6 @@
 """The report's tables: leaderboard, all trials, families, importance."""
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from statistics import median
@@ -50,7 +51,7 @@ def leaderboard(ranking: Mapping[str, Any] | None) -> str:
     columns += [("P(best)", "n")]
     columns += [("Ahead of the next<small>95% CI</small>", "n")] if led else []
     columns += [("Not told apart from", "")]
-    columns += [("KID × 1000<small>95% CI</small>", "n")] if diverse else []
+    columns += [(f"KID × 1000<small>{count(images, 'image')},<br>95% CI</small>", "n")] if diverse else []
     columns += of_images(real_n, ranking["real"].get("dropped", 0), "") if real_n != images else []
     columns += [(f"Precision, recall<small>{count(real_n, 'image')}</small>", "n")] if diverse else []
 
@@ -61,9 +62,10 @@ def leaderboard(ranking: Mapping[str, Any] | None) -> str:
 
     def reference(name: str, values: dict[str, Any]) -> tuple[str, list[str]]:
         main = [fixed(values["score"]), fixed(values["frechet"])] if real_n == images else ["", ""]
-        kid = values.get("kid")
+        kid = fixed(None if values.get("kid") is None else 1000 * values["kid"])
+        kid += f"<small>{count(real_n, 'image')}</small>" if real_n != images else ""
         cells = ["", f"<strong>{name}</strong>", *main, "", *[""] * led, ""]
-        return "reference", [*cells, *[fixed(None if kid is None else 1000 * kid)] * diverse, *at_real_n(values)]
+        return "reference", [*cells, *[kid] * diverse, *at_real_n(values)]
 
     body = [reference("Real held-out images", ranking["real"])]
     for entry in ranking["trials"]:
@@ -73,7 +75,7 @@ def leaderboard(ranking: Mapping[str, Any] | None) -> str:
             str(entry["rank"] or ""),
             f"<strong>{escape(entry['trial'])}</strong><small>{settings(entry)}</small>{said}",
         ]
-        cells += [_estimate(entry["score"], "mean", strong=True), _estimate(entry["frechet"], "value")]
+        cells += [_estimate(entry["score"], "mean", strong=True) + _splits(entry), _estimate(entry["frechet"], "value")]
         cells += [escape(chance(entry["p_best"])), *[_estimate(entry.get("to_next"), "score")] * led]
         cells += ["<br>".join(map(escape, entry["tied_with"])) or NOT_KNOWN]
         cells += [_estimate(entry.get("kid"), "value", 1000)] * diverse
@@ -89,6 +91,15 @@ def _estimate(found: Mapping[str, Any] | None, name: str, scale: float = 1.0, st
     value = fixed(scale * found[name])
     ends = interval([scale * end for end in found["ci"]], "small")
     return f"<strong>{value}</strong>{ends}" if strong else value + ends
+
+
+def _splits(entry: Mapping[str, Any]) -> str:
+    """How far splits differ (no confidence interval), and what all images score as one; nothing where they are one."""
+    score, pool = entry["score"], entry.get("score_pool")
+    if score is None or pool is None or math.isclose(pool, score["mean"]):
+        return ""
+    spread = "" if score["std"] is None else f"± {fixed(score['std'])} between splits; "
+    return f"<small>{spread}one pool {fixed(pool)}</small>"
 
 
 def confirmation(entry: Mapping[str, Any]) -> str:
@@ -110,10 +121,17 @@ def _judged(ranking: Mapping[str, Any]) -> str:
             f"Judged by a classifier trained on the data's own labels, {accuracy:.1%} right on real held-out images: "
             "its classifier score is the Inception Score's formula, and not comparable with published ones."
         )
+    taken = sorted({entry["steps"] for entry in ranking["trials"] if entry.get("steps")})  # a schedule may have fewer
+    sampler = sampler_words(ranking["sampler"] | ({"steps": " or ".join(map(str, taken))} if taken else {}))
     weights = "the weights as trained" if ranking.get("weights") == "raw" else "EMA weights"
+    real = ""
+    if "train_images" in ranking:
+        some, every = ranking["real_images"], ranking["train_images"]
+        real = f" Fréchet distances are to all {every:,} training images; KID, precision and recall to "
+        real += "them as well." if some == every else f"{some:,} of them."
     return (
-        f"{judge} All trials drew from the same noise: {weights}, {sampler_words(ranking['sampler'])}. The score is "
-        f"the mean over splits of {ranking['split_size']:,} images. Scores and distances compare only within one "
+        f"{judge} All trials drew from the same noise: {weights}, {sampler}. The score is "
+        f"the mean over splits of {ranking['split_size']:,} images.{real} Scores and distances compare only within one "
         "extractor, and at one number of images."
     )
 

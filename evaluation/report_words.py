@@ -22,6 +22,13 @@ def label(row: Mapping[str, Any]) -> str:
     return ScheduleConfig.model_construct(**{n: row[n] for n in ("family", "start", "end", "tau")}, space=space).label()
 
 
+def as_read(row: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The row, whose settings say that its schedule is read as beta where the base training has that for all."""
+    if config["train"]["schedule"]["space"] == "alpha_bar":
+        return row
+    return row | {"settings": {"schedule.space": "beta"} | (row.get("settings") or {})}
+
+
 def reason(text: str | None) -> str:
     """A reason of the trials table in the report's words."""
     return re.sub(r"\b(frechet|grid_loss)\b", lambda found: METRICS[found[0]], text or "")

@@ -2,6 +2,10 @@
 
 A shard is whole blocks of images, a function of (checkpoint, sampler, extractor, first index, count). What an earlier
 call or a killed one left is kept, so calling again draws only what is missing.
+
+Shards go to a pool of actors and not through Ray Data's map_batches, which has no way to drop what is left of a trial
+that turned out to have no score, and starts dead actors again for ever where this gives up after a few. What the two
+take for the same shards: benchmarks/pool_or_ray_data.py.
 """
 
 import hashlib
@@ -182,10 +186,12 @@ def ranking(
 
     notes: trial → reason, for trials that have no images. The real images are held-out ones; where they are fewer
     than `config.images`, `at_real_n` has every trial's scores, precision and recall at their number, for a fair
-    comparison. KID, precision and recall (k = 3) compare with `real_images` training images; `score_pool` is the score
-    without splits; `dropped` images are left over by whole splits, and only by the score.
+    comparison. Fréchet distances are to all `train_images`, KID, precision and recall (k = 3) to `real_images` of
+    them. `steps` are those that were taken, fewer than the sampler's where a schedule has no more; `score_pool` is the
+    score without splits; `dropped` images are left over by whole splits, and only by the score.
     """
     drawn = {c.trial: _read(run, c, config, reference) for c in candidates if c.trial not in notes}
+    steps = {c.trial: _steps(run, c, config) for c in candidates if c.trial in drawn}
     repeats = {c.trial: c.repeats for c in candidates}
     samples = [TrialSamples(t, judged.probabilities, judged.features, None, repeats[t]) for t, judged in drawn.items()]
     samples += [TrialSamples(trial, reason=reason, repeats=repeats.get(trial)) for trial, reason in notes.items()]
@@ -226,6 +232,7 @@ def ranking(
         own = [name for name, of in repeats.items() if trial.trial in (name, of)]
         lost = {"n": 0, "score": None, "frechet": None}
         return trial.to_dict() | {
+            "steps": max((steps[seed] for seed in trial.seeds), default=None),
             "at_real_n": whole if real_n == config.images else mean_at(real_n),
             "by_seed": [
                 (at(drawn[name], config.images) if name in drawn else lost) | {"trial": name, "reason": notes.get(name)}
@@ -243,11 +250,13 @@ def ranking(
         "images": config.images,
         "split_size": n,
         "dropped": config.images % n,
+        "train_images": reference.train.n,
         "real_images": len(train),
         "sampler": config.sampler.model_dump(),
-        "steps": config.sampler.steps,
+        "steps": max(steps.values(), default=config.sampler.steps),
         "seed": config.sampler.seed,
         "weights": config.weights,
+        "top": config.top,
         "real": real_row(reference.held_out),
         "noise": real_row(reference.noise),
         "trials": [row(trial) for trial in ranked],
@@ -328,6 +337,11 @@ def _results(run: Storage, shard: Shard) -> dict[str, np.ndarray]:
     except Exception as error:  # a flipped bit may be anything: another compression, a password, a wrong offset
         why = f"{type(error).__name__}: {error}"
     raise FileNotFoundError(f"{shard.path} is cut or damaged ({why}); ddpm-search evaluate draws it again")
+
+
+def _steps(run: Storage, candidate: Candidate, config: FinalStageConfig) -> int:
+    schedule = run.read_json(f"{candidate.checkpoint}/checkpoint.json")["config"]["schedule"]
+    return min(config.sampler.steps, int(schedule["steps"]))
 
 
 def _is_done(run: Storage, shard: Shard, config: FinalStageConfig) -> bool:

@@ -31,11 +31,18 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, a.b=val
 Address = Annotated[str, typer.Option(help="local starts a Ray here; auto or HOST:PORT joins one that runs.")]
 RunPath = Annotated[str, typer.Argument(metavar="PATH", help="The folder of a run, such as runs/digits.")]
 Weights = Enum("Weights", {"ema": "ema", "raw": "raw"})
+Sampler = Enum("Sampler", {"ddpm": "ddpm", "ddim": "ddim", "dpm++": "dpm++"})
 
 
 def _home(path: Path | None) -> Path | None:
     """~ in an option such as --out=~/x is left to us by shells."""
     return path.expanduser() if path else path
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that were given, a choice as its text."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -135,19 +142,22 @@ def evaluate(
     path: RunPath,
     top: Annotated[int | None, typer.Option(min=1, help="Trials that are scored.")] = None,
     images: Annotated[int | None, typer.Option(min=2, help="Images a trial.")] = None,
+    weights: Annotated[Weights | None, typer.Option(help="raw: as trained, without the moving average.")] = None,
+    sampler: Annotated[Sampler | None, typer.Option()] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     address: Address = "local",
 ) -> None:
-    """The final stage alone: images that are drawn already are kept."""
+    """The final stage alone, by default as it is configured: images that were drawn so already are kept."""
     from search import pipeline
     from search.prepare import preflight
     from search.records import open_run
 
     settings, place, _ = open_run(path)
-    final = settings.final.model_copy(update={k: v for k, v in {"top": top, "images": images}.items() if v is not None})
-    settings = settings.model_copy(update={"final": final})
+    draws = settings.final.sampler.model_copy(update=_given(name=sampler, steps=steps))
+    final = settings.final.model_copy(update=_given(top=top, images=images, weights=weights, sampler=draws))
     splits = preflight(settings, console)
     try:
-        pipeline.evaluate_again(settings, place, splits, address, console)
+        pipeline.evaluate_again(settings, final, place, splits, address, console)
     except KeyboardInterrupt:
         print("\nInterrupted; images that were drawn are kept. The same command goes on from there.", file=sys.stderr)
         raise SystemExit(130) from None

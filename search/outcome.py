@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from evaluation import events, export, pictures, report, stage
+from evaluation import card, events, export, pictures, report, stage
 from evaluation.config import SamplerConfig
 from evaluation.sampling import sample_images
 from search import budget, confirm, watch
@@ -64,14 +64,13 @@ def export_trial(
     entries = ranked["trials"] if ranked else []
     entry = next((e for e in entries if trial == e["trial"] or trial in (e.get("seeds") or ())), None)
     raw = (weights or (ranked or {}).get("weights", config.final.weights)) == "raw"
-    data_name = config.train.data.name
-    card = export.model_card(config.name, dataclasses.asdict(row), data_name, ranked, entry, raw, torch_export)
+    text = card.model_card(config.name, dataclasses.asdict(row), found, ranked, entry, raw, torch_export)
     provenance = {"run": config.name, "trial": trial, "checkpoint": row.checkpoint, "checkpoint_meta": found.meta}
     provenance["weights"] = "raw" if raw else "ema"
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(run.root) if run.is_local else Path(scratch)
         folder, picture = (out, out / "samples.png") if out else (home / "export", home / "samples.png")
-        export.export_pipeline(found, folder, card, provenance, raw, torch_export)
+        export.export_pipeline(found, folder, text, provenance, raw, torch_export)
         images = _ranked_images(run, ranked, trial, row.checkpoint, "raw" if raw else "ema")
         if images is None:
             images = _drawn_here(folder, config.final.sampler, console)
@@ -126,7 +125,6 @@ def write_report(
                 for name in run.names(f"tensorboard/{trial}"):
                     (folder / name).write_bytes(run.read(f"tensorboard/{trial}/{name}"))
             logged[trial] = events.read(folder)
-    commands = [f"ddpm-search run {run.uri}/{CONFIG} --name {config.name}-again", f"ddpm-search status {run.uri}"]
     page = report.render(
         run_name=config.name,
         config=config.model_dump(mode="json"),
@@ -136,11 +134,26 @@ def write_report(
         samples=samples,
         real_samples=splits.held_out.pixels[splits.held_out.drawn(SAMPLES)],
         events=logged,
-        commands=commands,
+        commands=_commands(config, run, ranked),
         versions=versions(),
         ended=budget.read(run).get("ended"),
     )
     run.write(REPORT, page.encode())
+
+
+def _commands(config: SearchConfig, run: Storage, ranked: dict[str, Any] | None) -> list[str]:
+    """What makes a run again, and its ranking where `evaluate` made that by other settings than the run's."""
+    final, drawn = config.final, ranked or {}
+    own: dict[str, Any] = {"top": final.top, "images": final.images, "weights": final.weights}
+    own |= {"sampler": final.sampler.name, "steps": final.sampler.steps}
+    sampler = drawn.get("sampler", {})
+    drawn = {**drawn, "sampler": sampler.get("name", own["sampler"]), "steps": sampler.get("steps", own["steps"])}
+    others = [f"--{name} {drawn[name]}" for name, value in own.items() if drawn.get(name, value) != value]
+    return [
+        f"ddpm-search run {run.uri}/{CONFIG} --name {config.name}-again",
+        *([f"ddpm-search evaluate runs/{config.name}-again {' '.join(others)}"] if others else []),
+        f"ddpm-search status {run.uri}",
+    ]
 
 
 def versions() -> dict[str, str]:

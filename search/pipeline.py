@@ -12,6 +12,7 @@ from rich.console import Console
 from cluster import capacity, connect, nodes
 from cluster.capacity import Placement
 from evaluation import reference, stage
+from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
 from evaluation.rung import RungScorer
 from search import budget, confirm, disk, lease, plan, tuner, watch
@@ -205,8 +206,18 @@ def _config_yaml(config: SearchConfig) -> str:
     return f"{header}\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}"
 
 
-def evaluate_again(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
-    """The final stage, ranking, report and export of a run whose search is over or interrupted."""
+def evaluate_again(
+    config: SearchConfig,
+    final: FinalStageConfig,
+    run: Storage,
+    splits: Splits,
+    address: str | None,
+    console: Console,
+) -> None:
+    """The final stage as `final` has it, ranking, report and export of a run whose search is over or interrupted.
+
+    The run's own configuration stays what it was: `resume` ranks by that again.
+    """
     with (
         disk.full_disk_said(run),
         lease.held(run),
@@ -216,10 +227,11 @@ def evaluate_again(config: SearchConfig, run: Storage, splits: Splits, address: 
         if not ray.local:
             _check_shared(run)
         records = Records.load(run)
-        config, judge, scorer, _ = _prepare(config, splits, capacity.read(), console, run)
+        asked = config.model_copy(update={"final": final})
+        asked, judge, scorer, _ = _prepare(asked, splits, capacity.read(), console, run)
         if judge is None:
             raise UserError("nothing can judge these images: the data has no labels, so give final.inception_weights")
-        evaluate(config, run, records, judge, scorer, console, interrupt)
+        evaluate(asked, run, records, judge, scorer, console, interrupt)
     finish(config, run, records, splits, console)
     _check_ranked(run)
 

@@ -249,7 +249,10 @@ def _diversity(row: dict[str, Any], kid: float | None) -> tuple[str, str]:
 
 def ranking_notes(ranking: dict[str, Any]) -> str:
     """What the numbers of a ranking depend on, in a line or two."""
-    sampler = ", ".join(f"{name} {value}" for name, value in ranking["sampler"].items())
+    drawn = ranking["sampler"] | (
+        {"steps": ranking["steps"]} if "steps" in ranking else {}
+    )  # a schedule may have fewer
+    sampler = ", ".join(f"{name} {value}" for name, value in drawn.items())
     dropped = f", {ranking['dropped']} images dropped" if ranking.get("dropped") else ""
     return (
         f"{ranking['score_name']} of {ranking['images']:,} images in splits of {ranking['split_size']:,}{dropped}; "

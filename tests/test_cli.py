@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import yaml
 
+from evaluation.config import FinalStageConfig
 from search import cli, lease, pipeline
-from search.config import UserError, load
+from search.config import SearchConfig, UserError, load
 from search.records import CONFIG, Records, Row
 from trainer.storage import Storage
 
@@ -145,6 +146,32 @@ def test_what_a_run_does_not_have_yet_is_said(command, run_folder):
     refused(command("export", run, "--out", "x", "--trial", "t0001-cosine"), "no checkpoint", "ddpm-search status")
 
 
+def test_a_run_is_evaluated_anew_with_other_settings_of_the_final_stage_and_keeps_its_own(
+    command, run_folder, monkeypatch
+):
+    asked: list[tuple[SearchConfig, FinalStageConfig]] = []
+    monkeypatch.setattr(pipeline, "evaluate_again", lambda config, final, *_: asked.append((config, final)))
+    before = snapshot(run_folder)
+    others = ("--top", "2", "--images", "40", "--weights", "raw", "--sampler", "dpm++", "--steps", "20")
+    for arguments in ((), others):
+        status, _, err = command("evaluate", str(run_folder), *arguments)
+        assert status == 0, err
+    (same, own), (config, final) = asked
+    assert same == config
+    assert own == config.final
+    assert (final.top, final.images, final.weights, final.sampler.name, final.sampler.steps) == (
+        2,
+        40,
+        "raw",
+        "dpm++",
+        20,
+    )
+    rest = {"top", "images", "weights", "sampler"}
+    assert final.model_dump(exclude=rest) == own.model_dump(exclude=rest)
+    assert final.sampler.seed == own.sampler.seed
+    assert snapshot(run_folder) == before
+
+
 @pytest.mark.parametrize("content", ['{"tri', "[]", '{"a": 1}', "\xff"])
 def test_a_damaged_ranking_is_said(command, run_folder, content):
     (run_folder / "ranking.json").write_bytes(content.encode("latin-1"))
@@ -160,7 +187,9 @@ def test_a_ranking_without_a_winner_exports_nothing(command, run_folder):
 
 @pytest.mark.parametrize(
     "arguments", [("nope",), ("run",), ("run", "digits", "--nope"), ("score", "x", "--split-size", "1"),
-                  ("sample", "x", "--out", "y", "--images", "0"), ("schedule", "show", "--family", "cosine")],
+                  ("sample", "x", "--out", "y", "--images", "0"), ("evaluate", "x", "--steps", "0"),
+                  ("evaluate", "x", "--sampler", "euler"), ("evaluate", "x", "--weights", "best"),
+                  ("schedule", "show", "--family", "cosine")],
     ids=" ".join,
 )  # fmt: skip
 def test_wrong_usage_is_status_2(command, arguments):

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +17,6 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import ModelConfig, ScheduleConfig, TrainConfig
 
 SHAPE = (1, 8, 8)
-ROW: dict[str, Any] = {
-    **{"trial": "t0003-cosine", "family": "cosine", "start": 0.0, "end": 1.0, "tau": 1.0, "learning_rate": 2e-4},
-    **{"dropout": 0.1, "seed": 7, "epoch": 90, "state": "completed", "worker_seconds": 7200.0},
-}
 
 
 def make_checkpoint(seed: int = 0) -> Checkpoint:
@@ -148,20 +143,11 @@ def test_damaged_export_is_refused_with_a_remedy(
         export.load_export(tmp_path / "out")
 
 
-def test_raw_weights_are_exported_on_request_and_the_card_says_so(checkpoint: Checkpoint, tmp_path: Path):
-    card = export.model_card("r", ROW, "digits", None, None, raw=True)
-    assert "as trained" in card
-    assert "(EMA)" not in card
-    export.export_pipeline(checkpoint, tmp_path / "raw", card, {}, raw=True)
+def test_raw_weights_are_exported_on_request(checkpoint: Checkpoint, tmp_path: Path):
+    export.export_pipeline(checkpoint, tmp_path / "raw", "card", {}, raw=True)
     loaded, _, _ = export.load_export(tmp_path / "raw")
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, checkpoint.state["model"][name])
-
-
-def test_scores_of_other_weights_are_not_put_on_a_card():
-    entry = {"rank": 1, "trial": "t0003-cosine"}
-    card = export.model_card("r", ROW, "digits", {"weights": "ema"}, entry, raw=True)
-    assert "the ranking is of the ema weights" in card
 
 
 @pytest.mark.slow
@@ -173,62 +159,6 @@ def test_torch_exported_denoiser_is_the_model_for_any_batch_up_to_63(checkpoint:
         x, t = torch.randn(count, *shape), torch.arange(count) % 20
         with torch.no_grad():
             torch.testing.assert_close(program(x, t), denoiser(x, t).sample)
-
-
-def test_card_of_a_confirmed_configuration_names_every_seed_and_this_one():
-    estimate = {"mean": 8.9, "value": 7.0, "ci": [8.5, 9.3]}
-    by_seed = [
-        {"trial": "t0003-cosine", "seed": 7, "score": 9.4, "frechet": 6.0},
-        {"trial": "t0003-cosine-seed8", "seed": 8, "score": 8.9, "frechet": 7.0},
-        {"trial": "t0003-cosine-seed9", "seed": 9, "score": None, "frechet": None, "reason": "the loss is nan"},
-    ]
-    entry = {
-        **{"rank": 1, "trial": "t0003-cosine", "score": estimate, "frechet": estimate, "p_best": 0.8, "tied_with": []},
-        **{"confirmed": True, "reason": None, "seeds": ["t0003-cosine-seed8"] * 3, "by_seed": by_seed},
-        "at_real_n": {"n": 360, "score": 8.8, "frechet": 8.0},
-    }
-    real = {"n": 360, "score": 9.7, "frechet": 1.0}
-    ranking = {
-        **{
-            "score_name": "classifier score",
-            "images": 1000,
-            "real": real,
-            "trials": [entry],
-            "extractor": "classifier",
-        },
-        **{"split_size": 500, "sampler": {"name": "ddim"}, "weights": "ema"},
-    }
-    card = export.model_card("r", ROW, "digits", ranking, entry)
-    assert "| the configuration, mean of 3 new seeds, 1,000 images | 8.900 [8.500, 9.300] |" in card
-    assert "Seed 7 (t0003-cosine): classifier score 9.400, Fréchet distance 6.000; **this model**." in card
-    assert "Seed 8 (t0003-cosine-seed8): classifier score 8.900, Fréchet distance 7.000." in card
-    assert "Seed 9 (t0003-cosine-seed9): no score: the loss is nan." in card
-    assert "intervals, of the configuration." in card
-
-
-def test_card_states_parameters_scores_with_intervals_and_cost():
-    entry = {
-        **{"rank": 1, "score": {"mean": 9.5, "ci": [9.4, 9.6]}, "frechet": {"value": 5.0, "ci": [4.8, 5.2]}},
-        **{"at_real_n": {"n": 360, "score": 9.2, "frechet": 7.9}, "p_best": 0.8},
-        **{"tied_with": ["t0"], "confirmed": False},
-    }
-    ranking = {
-        **{"score_name": "classifier score", "images": 10_000, "split_size": 5_000, "sampler": {"name": "ddim"}},
-        **{"extractor": "classifier of digits", "real": {"n": 360, "score": 9.77, "frechet": 1.25}, "trials": [entry]},
-    }
-    card = export.model_card("digits", ROW, "digits", ranking, entry)
-    assert card.startswith("---\nlibrary_name: diffusers\n")
-    for said in ("cosine(0, 1, tau 1)", "| Training seed | 7 |", "9.500 [9.400, 9.600]", "5.000 [4.800, 5.200]"):
-        assert said in card
-    assert "| real held-out images, 360 | 9.770 | 1.250 |" in card
-    assert "2 worker-hours" in card
-    assert "not told apart from t0" in card
-
-
-def test_card_of_a_trial_that_was_not_scored_says_so():
-    assert "Not scored by the final stage." in export.model_card("digits", ROW, "digits", None, None)
-    failed = {"rank": None, "reason": "it diverged"}
-    assert "Not scored by the final stage: it diverged." in export.model_card("digits", ROW, "digits", {}, failed)
 
 
 LOADED_WITHOUT_US = """

@@ -155,3 +155,17 @@ def test_ranked_images_that_are_gone_are_said_to_be_gone(finished, how):
     assert "drawn no images yet" not in page
     assert "no longer at hand" in page
     assert "<code>ddpm-search evaluate</code>" in page
+
+
+@pytest.mark.slow
+def test_a_report_says_by_which_command_its_ranking_was_made(finished):
+    config, run = finished
+    outcome.report_again(run.uri, QUIET)
+    assert "ddpm-search evaluate" not in run.read(outcome.REPORT).decode()
+    ranked = run.read_json(RANKING)
+    ranked |= {"sampler": ranked["sampler"] | {"name": "ddpm", "steps": 25}, "steps": 20, "weights": "raw"}
+    run.write_json(RANKING, ranked)
+    outcome.report_again(run.uri, QUIET)
+    page = run.read(outcome.REPORT).decode()
+    assert "ddpm-search evaluate runs/mine-again --weights raw --sampler ddpm --steps 25\n" in page
+    assert f"name: {config.final.sampler.name}\n" in page  # config.yaml as it is, below the commands

@@ -300,9 +300,42 @@ def test_precision_and_recall_are_compared_at_one_number_of_images():
     text = Page(render([], ranking(entry(1, "t1", **own), real=real))).text
     assert "Precision, recall 360 images" in text
     assert "1.20 1.00 to 1.40" in text
+    assert "0.10 360 images" in text  # the real ones', in a column of 10,000
     assert "0.80, 0.71" in text
     assert "0.90, 0.88" in text
     assert "0.95" not in text
+
+
+def test_every_number_has_its_count_of_images_and_a_score_its_spread_and_its_one_pool_beside_it():
+    score = {"mean": 9.5, "std": 0.04, "ci": [9.4, 9.6]}
+    own = {"score": score, "score_pool": 9.58, "kid": {"value": 0.0012, "ci": [0.001, 0.0014]}}
+    ranked = ranking(entry(1, "t1", **own), entry(2, "t0"), train_images=50_000, real_images=10_000)
+    page = Page(render([], ranked))
+    assert "9.50 9.40 to 9.60 ± 0.04 between splits; one pool 9.58" in page.text
+    assert page.text.count("one pool") == 1  # t0 has one split, whose score is the pool's
+    assert "KID × 1000 10,000 images, 95% CI" in page.text
+    assert (
+        "Fréchet distances are to all 50,000 training images; KID, precision and recall to 10,000 of them." in page.text
+    )
+    assert "DDIM, 50 steps, eta 0, seed 0" in page.text
+    assert "the mean over splits of 5,000 images" in page.text
+    assert "Fréchet distances are to all" not in Page(render([], ranking(entry(1, "t1")))).text
+
+
+@pytest.mark.parametrize(("steps", "said"), [((100, 100), "DDIM, 100 steps, eta"), ((100, 50), "50 or 100 steps")])
+def test_steps_are_those_that_trials_took_where_their_schedules_have_fewer(steps, said):
+    trials = [entry(rank, f"t{rank}", steps=taken) for rank, taken in enumerate(steps, 1)]
+    ranked = ranking(*trials, entry(None, "t4", reason="it diverged", steps=None))
+    ranked["sampler"]["steps"] = 1000
+    assert said in report_tables.leaderboard(ranked)
+
+
+def test_a_schedule_that_the_whole_search_reads_as_beta_is_called_so():
+    schedule = "train.schedule={family: cosine, start: 0, end: 1, space: beta}"
+    changed = config.load("digits", [schedule, "known_points=[]"]).model_dump(mode="json")
+    text = Page(render([row("t1")], ranking(entry(1, "t1")), samples={"t1": IMAGES}, config=changed)).text
+    assert "cosine(0, 1, tau 1) as beta" in text
+    assert text.count("cosine(0, 1, tau 1)") == text.count("cosine(0, 1, tau 1) as beta")
 
 
 def test_what_is_left_over_by_whole_splits_is_said_wherever_a_score_is():

@@ -2,12 +2,14 @@
 
 import io
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -135,6 +137,33 @@ def test_raw_weights_draw_other_images_than_the_ema(run, judge):
     assert (shown[0] != shown[1]).any()
 
 
+@pytest.mark.slow
+def test_a_ranking_with_another_sampler_or_weights_mixes_no_shards_with_the_first_one_s(run, judge, tmp_path):
+    candidates = [train(run, "a", 0), train(run, "b", 1)]
+
+    def ranked_with(at: Storage, config: FinalStageConfig) -> dict[str, Any]:
+        assert draw_here(at, candidates, config, judge) == {}
+        return stage.ranking(at, candidates, config, judge, {})
+
+    first = ranked_with(run, CONFIG)
+    left = {path: path.read_bytes() for path in Path(run.root, "evaluation").rglob("*.npz")}
+    for number, changes in enumerate(
+        [{"sampler": {"name": "ddpm"}}, {"sampler": {"steps": 7}}, {"sampler": {"seed": 1}}, {"weights": "raw"}]
+    ):
+        tree = CONFIG.model_dump()
+        tree |= {name: tree[name] | own if isinstance(own, dict) else own for name, own in changes.items()}
+        other = FinalStageConfig.model_validate(tree)
+        alone = Storage(tmp_path / f"alone{number}")
+        shutil.copytree(Path(run.root, "train"), Path(alone.root, "train"))
+        again = ranked_with(run, other)
+        assert again == ranked_with(alone, other), f"not what a run without earlier shards gives: {changes}"
+        assert again["trials"] != first["trials"]
+        assert {path: path.read_bytes() for path in left} == left
+    drawn = {path: path.stat().st_mtime_ns for path in left}
+    assert ranked_with(run, CONFIG) == first
+    assert {path: path.stat().st_mtime_ns for path in left} == drawn, "drawn twice"
+
+
 def test_kept_images_are_what_was_scored_and_score_reads_them(run, judge):
     candidate = train(run, "a", 0)
     draw_here(run, [candidate], CONFIG, judge)
@@ -201,6 +230,7 @@ def test_a_ranking_says_what_its_numbers_are_and_agrees_with_the_scores(run, jud
     assert ranked["extractor"] == "classifier"
     assert (ranked["images"], ranked["split_size"], ranked["dropped"], ranked["steps"]) == (50, 20, 10, 2)
     assert (ranked["seed"], ranked["weights"], ranked["real_images"]) == (0, "ema", 60)
+    assert (ranked["train_images"], ranked["top"]) == (60, 5)
     assert [row["trial"] for row in ranked["trials"]][2] == "lost"
     assert ranked["trials"][2]["reason"] == "the loss was not finite"
     for row, candidate in ((row, c) for row in ranked["trials"] for c in candidates if c.trial == row["trial"]):
@@ -221,6 +251,16 @@ def test_a_ranking_says_what_its_numbers_are_and_agrees_with_the_scores(run, jud
         assert (same["precision"], same["recall"]) == shares
     whole = stage.ranking(run, candidates, CONFIG.model_copy(update={"images": 25, "split_size": 25}), judge, {})
     assert whole["trials"][0]["at_real_n"]["recall"] == whole["trials"][0]["recall"]
+
+
+def test_a_ranking_says_how_many_steps_were_taken_where_the_schedule_has_fewer_than_were_asked_for(run, judge):
+    candidate = train(run, "a", 0)  # T = 20
+    asked = CONFIG.model_copy(update={"sampler": CONFIG.sampler.model_copy(update={"steps": 1000})})
+    draw_here(run, [candidate], asked, judge)
+    ranked = stage.ranking(run, [candidate], asked, judge, {"lost": "it diverged"})
+    assert ranked["sampler"]["steps"] == 1000  # the setting, by which shards are found
+    assert [ranked["steps"], *(row["steps"] for row in ranked["trials"])] == [20, 20, None]
+    assert len(stage.kept_images(run, candidate, ranked)) == 50
 
 
 def test_fewer_images_than_a_split_are_one_split_that_says_its_size(run, judge):

@@ -1,0 +1,152 @@
+"""README.md of an export, as the Hugging Face hub reads it: what was trained, on what, and how good it is."""
+
+from typing import Any
+
+from evaluation.export import PROVENANCE, TORCH_EXPORT
+from trainer.checkpoint import Checkpoint
+from trainer.config import DataConfig, ModelConfig
+
+# What those who publish the data say of its use.
+LICENCES = {
+    "digits": "CC BY 4.0 (UCI, Optical Recognition of Handwritten Digits: Alpaydin and Kaynak 1998, "
+    "doi:10.24432/C50P49)",
+    "mnist": "CC BY-SA 3.0, as commonly stated",
+    "cifar10": "none stated by its authors",
+    "fgvc-aircraft": "non-commercial research only; the photographers keep their copyright",
+    "flowers102": "not stated here: see its authors' page, robots.ox.ac.uk/~vgg/data/flowers/102",
+    "celeba": "non-commercial research only, by its agreement: mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
+}
+
+
+def model_card(
+    run_name: str,
+    row: dict[str, Any],
+    checkpoint: Checkpoint,
+    ranking: dict[str, Any] | None,
+    entry: dict[str, Any] | None,
+    raw: bool = False,
+    torch_export: bool = False,
+) -> str:
+    """The text of README.md.
+
+    row: the trial in trials.parquet. ranking: ranking.json, entry: the trial in it, or the one it repeats; None where
+    it was not scored.
+    """
+    config = checkpoint.config
+    name, schedule = config.data.name, config.schedule
+    channels, height, width = checkpoint.meta["image_shape"]
+    lines = [
+        "---",
+        "library_name: diffusers",
+        "pipeline_tag: unconditional-image-generation",
+        "tags: [ddpm, diffusion, ddpm-search]",
+        "---",
+        "",
+        f"# DDPM of {name}: {schedule.label()}",
+        "",
+        f"Trial {row['trial']} of the search {run_name}, written by ddpm-search. "
+        + (
+            "The weights are as trained, not their moving average."
+            if raw
+            else "The weights are their moving average (EMA)."
+        ),
+        "",
+        "| | |",
+        "|---|---|",
+        f"| Noise schedule | {schedule.label()} |",
+        f"| Diffusion steps T | {schedule.steps:,} |",
+        f"| Learning rate | {config.learning_rate:.3g} |",
+        f"| Dropout | {config.dropout:.3g} |",
+        f"| Batch size | {config.batch_size:,} |",
+        f"| Training seed | {row['seed']} |",
+        f"| Epochs | {row['epoch']} ({row['state']}) |",
+        f"| Training cost | {row['worker_seconds'] / 3600:.3g} worker-hours for this trial |",
+        f"| Model | {_network(config.model)} |",
+        f"| Parameters | {sum(weight.numel() for weight in checkpoint.state['model'].values()):,} |",
+        f"| Images | {width} × {height}, {'grey' if channels == 1 else 'colour'} |",
+        f"| Data | {_data(config.data)} |",
+        f"| Licence of the data | {LICENCES.get(name, 'the licence of your own data applies')} |",
+        "",
+        "## Quality",
+        "",
+        *_quality(ranking, entry, row["trial"], "raw" if raw else "ema"),
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from diffusers import DDPMPipeline",
+        "",
+        'pipe = DDPMPipeline.from_pretrained("path/to/this/folder")',
+        "steps = pipe.scheduler.config.num_train_timesteps",
+        "image = pipe(batch_size=1, num_inference_steps=steps).images[0]",
+        "```",
+        "",
+        f"The schedule is in the scheduler's `trained_betas`. Where the model comes from is in {PROVENANCE}.",
+        "",
+        *(
+            [f'`torch.export.load("{TORCH_EXPORT}").module()(x_t, t)` predicts the noise in up to 63 images.', ""]
+            if torch_export
+            else []
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _network(model: ModelConfig) -> str:
+    attends = [str(level) for level, attention in enumerate(model.attention, 1) if attention]
+    where = f"at level {', '.join(attends)} and in the middle" if attends else "in the middle"
+    return (
+        f"U-Net, channels {', '.join(map(str, model.channels))}, {model.layers_per_block} layers a block, "
+        f"self-attention {where} ({model.attention_head_dim} channels a head)"
+    )
+
+
+def _data(data: DataConfig) -> str:
+    subset = "" if data.subset is None else f", {data.subset:,} images drawn by seed {data.seed}"
+    return f"{data.name}{subset}; trained on {data.train_fraction:.0%} of them, the rest held out"
+
+
+def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial: str, weights: str) -> list[str]:
+    """Scores of the entry, and of `trial` alone where the entry is a configuration's."""
+    if ranking is not None and ranking.get("weights", weights) != weights:
+        return [f"Not scored: the ranking is of the {ranking['weights']} weights, these are the {weights} ones."]
+    if ranking is None or entry is None or entry["rank"] is None:
+        why = f": {entry['reason']}" if entry and entry["reason"] else ""
+        return [f"Not scored by the final stage{why}."]
+    score, frechet, real, same = entry["score"], entry["frechet"], ranking["real"], entry["at_real_n"]
+    name, images, real_n = ranking["score_name"], f"{ranking['images']:,} images", f"{real['n']:,}"
+    tied = ", ".join(entry["tied_with"]) or "no other"
+    drawn = ranking["sampler"] | ({"steps": entry["steps"]} if entry.get("steps") else {})  # a schedule may have fewer
+    sampler = ", ".join(f"{key} {value}" for key, value in drawn.items())
+    this, own = "this model", []
+    if entry["confirmed"]:
+        this = f"the configuration, mean of {len(entry['seeds'])} new seeds"
+        own = [_seed(seed, name, trial) for seed in entry["by_seed"]]
+    return [
+        f"| | {name} | Fréchet distance |",
+        "|---|---|---|",
+        f"| {this}, {images} | {_estimate(score, 'mean')} | {_estimate(frechet, 'value')} |",
+        f"| {this}, {real_n} images | {same['score']:.3f} | {same['frechet']:.3f} |",
+        f"| real held-out images, {real_n} | {real['score']:.3f} | {real['frechet']:.3f} |",
+        "",
+        f"Rank {entry['rank']} of {sum(e['rank'] is not None for e in ranking['trials'])}; best with probability "
+        f"{entry['p_best']:.2f}; not told apart from {tied}. Brackets are 95% confidence intervals, "
+        + ("of the configuration." if entry["confirmed"] else "of this trained model, not of its configuration."),
+        "",
+        *(f"- {line}" for line in own),
+        *([""] if own else []),
+        f"Judged by {ranking['extractor']}; splits of {ranking['split_size']:,} images; sampler {sampler}.",
+    ]
+
+
+def _seed(seed: dict[str, Any], name: str, trial: str) -> str:
+    label = f"Seed {seed['seed']} ({seed['trial']})"
+    if seed["score"] is None:
+        return f"{label}: no score: {seed['reason']}."
+    this = "; **this model**." if seed["trial"] == trial else "."
+    return f"{label}: {name} {seed['score']:.3f}, Fréchet distance {seed['frechet']:.3f}{this}"
+
+
+def _estimate(estimate: dict[str, Any], name: str) -> str:
+    low, high = estimate["ci"]
+    return f"{estimate[name]:.3f} [{low:.3f}, {high:.3f}]"
