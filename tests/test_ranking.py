@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -185,6 +186,34 @@ def test_p_best_of_two_is_the_normal_probability_of_their_difference():
     chances = Joint(np.array([0.5, 0.0]), covariance, np.zeros(2), np.full(2, np.inf), np.inf).p_best()
     assert chances[0] == pytest.approx(0.6453, abs=4 * np.sqrt(0.25 / P_BEST_DRAWS))  # Phi(0.5 / sqrt(1.8))
     assert chances.sum() == pytest.approx(1, abs=1e-12)
+
+
+def test_the_lead_over_the_next_row_is_the_paired_difference_that_decides_ties():
+    trials = [trial(name, sharpness, own=0.3) for name, sharpness in (("a", 4.2), ("b", 4.1), ("c", 3.0), ("d", 2.95))]
+    rows = rank([*trials, TrialSamples("lost", reason="x")], REFERENCE, 300)
+    assert [row.to_next is None for row in rows] == [False, False, False, True, True]
+    for row, below in pairwise(rows[:4]):
+        low, high = row.to_next.ci
+        assert row.to_next.value == pytest.approx(row.score.mean - below.score.mean)
+        assert row.to_next.value == pytest.approx((low + high) / 2)
+        assert (low <= 0 <= high) == (below.trial in row.tied_with)
+    # Oracle: jackknife of the difference itself. Common noise drops out of it.
+    first, second = (score_influence(trials[i].probabilities, 300) for i in (0, 1))
+    half = Z * np.sqrt(np.square(first - second).sum())
+    assert np.diff(rows[0].to_next.ci)[0] / 2 == pytest.approx(half)
+    assert rows[0].to_dict()["to_next"] == {"score": rows[0].to_next.value, "ci": list(rows[0].to_next.ci)}
+
+
+def test_a_confirmed_row_may_be_behind_the_next_which_is_not():
+    """It is ranked before it all the same, and the difference speaks of the two configurations, as ties do."""
+    repeats = [repeat("a", sharpness, i) for i, sharpness in enumerate((3.8, 4.0, 4.2))]
+    first, second = rank([trial("a", 5), trial("b", 5), *repeats], REFERENCE, 300)
+    assert (first.trial, first.confirmed, second.trial, second.confirmed) == ("a", True, "b", False)
+    assert first.to_next.value == pytest.approx(first.score.mean - second.score.mean)
+    assert first.to_next.value < 0
+    assert second.to_next is None
+    alone, _ = rank([trial("a", 4), trial("b", 5)], REFERENCE, 300)
+    assert np.ptp(first.to_next.ci) > np.ptp(alone.to_next.ci)  # the spread between seeds is in it, of both
 
 
 # Configurations: trials that were trained again
@@ -403,6 +432,7 @@ def test_rows_are_what_ranking_json_holds():
             "kid",
             "p_best",
             "tied_with",
+            "to_next",
             "confirmed",
             "reason",
             "seeds",
