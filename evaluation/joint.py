@@ -59,16 +59,20 @@ class Joint:
         return half_width(variance, of_seeds, dof, confidence)
 
     def p_best(self, draws: int = P_BEST_DRAWS) -> Array:
-        """Chance of each to have the highest true score, (R,). Sums to 1; draws that tie are shared out evenly."""
+        """Chance of each to have the highest true score, (R,). Sums to 1; draws that tie are shared out evenly.
+
+        True scores are taken for equally likely beforehand. A normal prior of unknown spread, which draws them towards
+        each other, was tried and is worse: docs/measure.md.
+        """
         rng = np.random.default_rng(P_BEST_SEED)
         eigenvalues, vectors = np.linalg.eigh(self.sampling)
         root = vectors * np.sqrt(np.maximum(eigenvalues, 0.0))  # may be singular, which a Cholesky factor cannot
         drawn = self.means + rng.standard_normal((draws, len(root))) @ root.T
         if self.seeds.any():
-            of_all = self.pooled_dof / rng.chisquare(self.pooled_dof, (draws, 1))
-            of_one = self.dof / rng.chisquare(self.dof, drawn.shape)
-            scale = np.sqrt(np.where(self.dof < self.pooled_dof, of_one, of_all))  # rows of one spread err together
-            drawn += rng.standard_normal(drawn.shape) * scale * np.sqrt(self.seeds)
+            variances = self.seeds * self.pooled_dof / rng.chisquare(self.pooled_dof, (draws, 1))
+            own = self.dof < self.pooled_dof  # the others have one spread in common, and err together
+            variances[:, own] = (self.seeds * self.dof)[own] / rng.chisquare(self.dof[own], (draws, own.sum()))
+            drawn += rng.standard_normal(drawn.shape) * np.sqrt(variances)
         top = drawn.max(axis=1, keepdims=True)
         best = drawn >= top - 1e-9 * np.abs(top)  # the root of a rounding error of 1e-16 is 1e-8 of a standard error
         return np.asarray((best / best.sum(axis=1, keepdims=True)).mean(axis=0))
