@@ -8,8 +8,9 @@ ranking of N images is then a multinomial count of the noises: score and covaria
 (checked against the package's own on the expanded images), and the truth E[score at N] of every checkpoint is the mean
 of `truth_draws` more rankings. The statistics are the package's (evaluation/joint.py).
 
-Two kinds of ranking, `rankings` of each: CHECKPOINTS trained once; CONFIGURATIONS trained from SEEDS seeds, whose
-checkpoints scatter around the configuration's level by about one standard error of a checkpoint's score.
+Three kinds of ranking, `rankings` of each: CHECKPOINTS trained once; three configurations trained from SEEDS seeds,
+whose checkpoints scatter around the configuration's level by about one standard error of a checkpoint's score; three
+where those of one configuration scatter by half of that, and those of another by double.
 """
 
 import argparse
@@ -29,7 +30,10 @@ from evaluation.scores import inception_score, softmax_float64
 ATOMS, LEVELS, OWN_NOISE = 1000, 32, 0.3
 RANGE = 8.0  # of the levels' true scores, in standard errors of one checkpoint's score
 CHECKPOINT_WINDOW, CONFIGURATION_WINDOW = 10, 12  # levels that one ranking's are drawn from
-CHECKPOINTS, CONFIGURATIONS, SEEDS = 4, 3, 3
+CHECKPOINTS, SEEDS = 4, 3
+# How far seeds scatter around each configuration's level, in standard errors of one checkpoint's score.
+SCATTER = {"configuration": [1.0, 1.0, 1.0], "configuration, seeds unlike": [0.5, 1.0, 2.0]}
+KINDS = ("checkpoint", *SCATTER)
 P_BEST_DRAWS = 4000
 REGIMES = [
     (10, 500, 500),
@@ -129,8 +133,8 @@ def simulate(classes: int, n: int, split: int, rankings: int, truth_draws: int, 
     )
     truth = truth_scores.mean(axis=1)
 
-    held: dict[str, list[bool]] = {"checkpoint": [], "configuration": []}
-    chances: dict[str, list[tuple[float, bool]]] = {"checkpoint": [], "configuration": []}
+    held: dict[str, list[bool]] = {kind: [] for kind in KINDS}
+    chances: dict[str, list[tuple[float, bool]]] = {kind: [] for kind in KINDS}
     per_error = LEVELS / RANGE  # levels to one standard error
     for _ in range(rankings // 50):
         counts = counts_of(50, n, split, rng)
@@ -140,13 +144,15 @@ def simulate(classes: int, n: int, split: int, rankings: int, truth_draws: int, 
             joint = joined(scores[levels, r], tables.influences(levels, counts[r]), [[i] for i in range(CHECKPOINTS)])
             note(held["checkpoint"], chances["checkpoint"], joint, truth[levels])
 
-            centres = window(CONFIGURATION_WINDOW, 6, rng)[:CONFIGURATIONS]
-            likely = np.exp(-np.square((np.arange(LEVELS) - centres[:, None]) / per_error) / 2)
-            likely /= likely.sum(axis=1, keepdims=True)
-            levels = np.concatenate([rng.choice(LEVELS, SEEDS, p=p) for p in likely])
-            members = np.split(np.arange(len(levels)), CONFIGURATIONS)
-            joint = joined(scores[levels, r], tables.influences(levels, counts[r]), members)
-            note(held["configuration"], chances["configuration"], joint, likely @ truth)
+            for kind, scatter in SCATTER.items():
+                centres = window(CONFIGURATION_WINDOW, 6, rng)[: len(scatter)]
+                apart = (np.arange(LEVELS) - centres[:, None]) / (per_error * np.array(scatter)[:, None])
+                likely = np.exp(-np.square(apart) / 2)
+                likely /= likely.sum(axis=1, keepdims=True)
+                levels = np.concatenate([rng.choice(LEVELS, SEEDS, p=p) for p in likely])
+                members = np.split(np.arange(len(levels)), len(scatter))
+                joint = joined(scores[levels, r], tables.influences(levels, counts[r]), members)
+                note(held[kind], chances[kind], joint, likely @ truth)
     return {
         **{"classes": classes, "images": n, "split_size": split, "rankings": rankings, "truth_draws": truth_draws},
         "true_scores": [round(float(truth.min()), 4), round(float(truth.max()), 4)],
@@ -192,8 +198,8 @@ def reliability(values: list[tuple[float, bool]]) -> list[dict[str, float]]:
 
 
 def plot(regimes: dict[str, dict[str, Any]], path: str) -> None:
-    figure = Figure(figsize=(9, 4.4), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("checkpoint", "configuration"), strict=True):
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, len(KINDS), sharey=True), KINDS, strict=True):
         axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
         for (label, regime), marker in zip(regimes.items(), "osD^vP", strict=False):
             bins = [row for row in regime["p_best"][kind] if row["n"] >= 20]
@@ -211,7 +217,7 @@ def main() -> None:
     parser.add_argument("--regimes", type=int, nargs="+", default=range(len(REGIMES)), help="others stay as measured")
     arguments = parser.parse_args()
     settings = {"atoms": ATOMS, "levels": LEVELS, "own_noise": OWN_NOISE, "range_in_standard_errors": RANGE}
-    settings |= {"checkpoints": CHECKPOINTS, "configurations": CONFIGURATIONS, "seeds": SEEDS}
+    settings |= {"checkpoints": CHECKPOINTS, "scatter_of_seeds": SCATTER, "seeds": SEEDS}
     settings |= {"rankings": arguments.rankings, "truth_draws": arguments.truth_draws}
     file = RESULTS / "calibration.json"
     earlier = json.loads(file.read_text()) if file.exists() else {}

@@ -72,6 +72,8 @@ class RankedTrial:
     `distances` (the Fréchet distance among them) have an interval of E[distance at N] to the reference as it is:
     neither is extrapolated to endless images. Where the row is confirmed, intervals speak of the configuration, and
     every number is the mean over `seeds`; `best_seed` is the trial of the highest score among those and the first one.
+    `to_next` is the score's paired difference to the row of the next rank, None where there is none. It speaks of what
+    `tied_with` speaks of, also where that row is the first that is not confirmed: it is below 0 if that scored higher.
     """
 
     rank: int | None
@@ -80,6 +82,7 @@ class RankedTrial:
     distances: dict[str, Interval]
     p_best: float | None
     tied_with: tuple[str, ...]
+    to_next: Interval | None
     confirmed: bool
     reason: str | None
     seeds: tuple[str, ...]
@@ -89,6 +92,8 @@ class RankedTrial:
         """Plain dicts, lists and numbers, as json reads them back."""
         row = asdict(self)
         row |= {"tied_with": list(self.tied_with), "seeds": list(self.seeds)}
+        if self.to_next is not None:
+            row["to_next"] = {"score": self.to_next.value, "ci": list(self.to_next.ci)}
         if self.score is not None:
             row["score"]["ci"] = list(self.score.ci)
         found = {name: {"value": at.value, "ci": list(at.ci)} for name, at in row.pop("distances").items()}
@@ -124,7 +129,9 @@ def rank(
     order = {row: np.mean([scored[name].values["score"] for name in own]) for row, own in members.items()}
     ranked = sorted(members, key=lambda row: (row not in confirmed, -order[row], row))
     failed = [
-        RankedTrial(None, row, None, {}, None, (), False, reasons[row], (), None) for row in rows if row not in members
+        RankedTrial(None, row, None, {}, None, (), None, False, reasons[row], (), None)
+        for row in rows
+        if row not in members
     ]
     if not ranked:
         return failed
@@ -142,6 +149,9 @@ def rank(
     joint, of_score = of_rows.pop("score")
     of_score = np.clip(of_score, 1.0, float(next(iter(scored.values())).classes))
     tied, chances = joint.ties(confidence), joint.p_best()
+    leads = -np.diff(joint.means)
+    half = np.diag(joint.half_widths_of_differences(confidence), k=1)
+    to_next = [Interval(float(at), (float(at - by), float(at + by))) for at, by in zip(leads, half, strict=True)]
 
     result = []
     for i, row in enumerate(ranked):
@@ -158,6 +168,7 @@ def rank(
                 },
                 p_best=float(chances[i]),
                 tied_with=tuple(ranked[j] for j in np.flatnonzero(tied[i])),
+                to_next=to_next[i] if i < len(to_next) else None,
                 confirmed=row in confirmed,
                 reason=None,
                 seeds=tuple(members[row]),

@@ -1,12 +1,14 @@
 """The best configurations trained again from new seeds, as trials are: on the cluster, interrupted and resumed alike.
 
 They are a search of their own that suggests nothing, in RUN/confirm with its own table: the first search's trials,
-study and budget stay what they were.
+study and budget stay what they were. Every configuration has seeds of its own: the ranking takes what a seed does to
+one for independent of what it does to another, and one seed gives two of them the same images in the same order.
 """
 
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 from rich.console import Console
 
 from cluster.capacity import Placement
@@ -15,8 +17,7 @@ from evaluation.stage import Candidate
 from search import budget, tuner
 from search.config import SearchConfig
 from search.interrupt import Interrupt
-from search.records import CONFIRM, Records, Row
-from trainer.config import SEEDS
+from search.records import CONFIRM, Records, Row, confirmations
 from trainer.storage import Storage
 
 
@@ -55,19 +56,27 @@ def train_again(
 
 def plan(config: SearchConfig, run: Storage, chosen: Sequence[Row]) -> tuple[Records, dict[str, str], SearchConfig]:
     """The table with a row for each new training, trial → trial it repeats, and the search that trains just these."""
-    records = Records.load(run.at(CONFIRM))
-    known = {row.trial for row in records}
-    parents = {}
+    earlier, records = confirmations(run), Records.load(run.at(CONFIRM))
+    parents: dict[str, str] = {}
     for row in chosen:
-        for number in range(1, config.final.confirm.seeds + 1):
-            seed = (row.seed + number) % SEEDS
-            name = f"{row.trial}-seed{seed}"
-            parents[name] = row.trial
-            if name not in known:
+        own = {again.trial: again.seed for repeated, again in earlier if repeated == row.trial}
+        number = 0
+        while len(own) < config.final.confirm.seeds:
+            number += 1
+            name = f"{row.trial}-seed{number}"  # its number: only earlier versions had the seed itself there
+            seed = new_seed(row.seed, name)
+            if name not in own and seed not in (row.seed, *own.values()):
+                own[name] = seed
                 records.add(Row(trial=name, source="suggested", seed=seed, state="waiting", **row.params()))
+        parents |= dict.fromkeys(own, row.trial)
     to_the_end = config.early_stopping.model_copy(update={"scheduler": "none"})
     changed = {"trials": len(records), "known_points": (), "early_stopping": to_the_end}
     return records, parents, config.model_copy(update=changed)
+
+
+def new_seed(first: int, trial: str) -> int:
+    """The seed of a training, below 2**31: of its name and the search's own seed alone."""
+    return int(np.random.SeedSequence([first, *trial.encode()]).generate_state(1)[0] >> 1)
 
 
 def all_rows(run: Storage, records: Iterable[Row]) -> list[Row]:

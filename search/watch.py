@@ -202,11 +202,11 @@ def ranking_table(ranking: dict[str, Any]) -> FittedTable:
     """ranking.json as a table, with the real images above and the noise below."""
     score_name = ranking["score_name"]
     table = FittedTable(
-        Column("rank"), Column("trial", "left"), Column("schedule", "left"), Column("lr", leaves=5),
-        Column("dropout", leaves=4), Column(score_name.replace(" ", "\n")), Column("95% CI", leaves=7),
+        Column("rank"), Column("trial", "left"), Column("schedule", "left"), Column("lr", leaves=6),
+        Column("dropout", leaves=5), Column(score_name.replace(" ", "\n")), Column("95% CI", leaves=8),
         Column("Fréchet"), Column("95% CI", leaves=3), Column("KID", leaves=2),
-        Column("precision\nrecall", leaves=1), Column("P(best)", leaves=8),
-        Column("tied with", "left", leaves=6, wraps=True),
+        Column("precision\nrecall", leaves=1), Column("P(best)", leaves=9),
+        Column("ahead of the\nnext, 95% CI", leaves=4), Column("tied with", "left", leaves=7, wraps=True),
     )  # fmt: skip
     real, noise = ranking["real"], ranking["noise"]
 
@@ -225,17 +225,22 @@ def ranking_table(ranking: dict[str, Any]) -> FittedTable:
             f"{row['dropout']:.2f}",
         ]
         if row["score"] is None:
-            table.add_row(*start, "–", "", "–", "", "", "", "", row["reason"] or "")
+            table.add_row(*start, "–", "", "–", "", "", "", "", "", row["reason"] or "")
             continue
         score, frechet = row["score"], row["frechet"]
         table.add_row(
             *start, f"{score['mean']:.3f}", f"{score['ci'][0]:.3f}–{score['ci'][1]:.3f}",
             f"{frechet['value']:.2f}", f"{frechet['ci'][0]:.2f}–{frechet['ci'][1]:.2f}",
             *_diversity(row, (row.get("kid") or {}).get("value")), f"{row['p_best']:.2f}",
-            ", ".join(row["tied_with"]) or "–",
+            _lead(row.get("to_next")), ", ".join(row["tied_with"]) or "–",
         )  # fmt: skip
     reference("Gaussian noise", noise)
     return table
+
+
+def _lead(to_next: dict[str, Any] | None) -> str:
+    """0.121 ±0.080: the interval has the difference in its middle."""
+    return "–" if to_next is None else f"{to_next['score']:.3f} ±{to_next['ci'][1] - to_next['score']:.3f}"
 
 
 def _diversity(row: dict[str, Any], kid: float | None) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from cluster.capacity import Placement
@@ -20,7 +21,7 @@ def test_each_new_seed_is_a_training_of_the_same_configuration(records, row):
     chosen = [row("t0001-cosine", learning_rate=3e-4, seed=7, state="completed", checkpoint="train/a/c")]
     records.add(chosen[0])
     again, parents, settings = confirm.plan(CONFIG, records.run, chosen)
-    assert parents == {f"t0001-cosine-seed{seed}": "t0001-cosine" for seed in (8, 9, 10)}
+    assert parents == {f"t0001-cosine-seed{number}": "t0001-cosine" for number in (1, 2, 3)}
     assert len(records) == 1  # the search's own table and budget stay
     assert tuner.trials_left(settings, again) == 3
     searcher = HonestOptunaSearch(settings, "frechet", again, None)
@@ -28,21 +29,41 @@ def test_each_new_seed_is_a_training_of_the_same_configuration(records, row):
     assert [row.state for row in again] == ["running", "waiting", "waiting"]
     started += [searcher.suggest(f"tune{i}") for i in (1, 2)]
     assert [trial["trial"] for trial in started] == list(parents)
-    assert [trial["train"]["seed"] for trial in started] == [8, 9, 10]
+    assert [trial["train"]["seed"] for trial in started] == [repeat.seed for repeat in again]
     assert {trial["train"]["learning_rate"] for trial in started} == {3e-4}
     assert settings.early_stopping.scheduler == "none"
     assert confirm.plan(CONFIG, records.run, chosen)[1] == parents
     assert len(Records.load(records.run.at("confirm"))) == 3  # asked again, nothing is added
 
 
-def test_new_seeds_of_the_largest_seed_begin_again_at_0(records, row):
-    chosen = [row("a", seed=2**32 - 2, state="completed", checkpoint="train/a/c")]
-    records.add(chosen[0])
+def test_no_two_trainings_have_a_seed_in_common(records, row):
+    """The ranking takes the spread between seeds of one configuration for independent of another's."""
+    chosen = [row(f"t{number:04d}-cosine", seed=seed) for number, seed in enumerate((0, 0, 0, 1, 2**32 - 1) * 4)]
+    seeds = [again.seed for again in confirm.plan(CONFIG, records.run, chosen)[0]]
+    assert len({*seeds, 0, 1, 2**32 - 1}) == 20 * 3 + 3
+    assert max(seeds) < 2**31
+
+
+def test_a_configuration_s_seeds_depend_on_nothing_but_its_name_and_its_first_seed(records, row):
+    first, second = row("t0001-cosine"), row("t0002-sigmoid")
+    alone = [again.seed for again in confirm.plan(CONFIG, records.run, [second])[0]]
+    other = confirm.plan(CONFIG, records.run.at("other"), [first, second])[0]
+    assert [again.seed for again in other if again.trial.startswith(second.trial)] == alone
+    # Golden: NumPy promises SeedSequence's words for ever.
+    assert alone == [570683684, 795434381, 667469567]
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3, 4])
+def test_of_a_run_that_has_repeats_only_those_that_are_missing_are_trained(records, row, done):
+    """Earlier versions named a repeat by its seed, and gave every configuration the same ones."""
+    chosen = [row("t0001-cosine", seed=1)]
+    table = Records(records.run.at("confirm"))
+    for seed in range(2, 2 + done):
+        table.add(row(f"t0001-cosine-seed{seed}", seed=seed, state="completed"))
     again, parents, settings = confirm.plan(CONFIG, records.run, chosen)
-    assert [row.seed for row in again] == [2**32 - 1, 0, 1]
-    assert list(parents) == [f"a-seed{row.seed}" for row in again]
-    searcher = HonestOptunaSearch(settings, "frechet", again, None)
-    assert [searcher.suggest(f"tune{i}")["train"]["seed"] for i in range(3)] == [2**32 - 1, 0, 1]
+    assert len(again) == len(parents) == len({repeat.seed for repeat in again} - {1}) == max(3, done)
+    assert [repeat.seed for repeat in again][:done] == [*range(2, 2 + done)]
+    assert tuner.trials_left(settings, again) == max(0, 3 - done)
 
 
 def test_what_is_trained_already_is_not_trained_again_and_a_failure_is_told(records, row):

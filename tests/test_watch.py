@@ -159,6 +159,7 @@ def ranking():
         trials=[
             entry(1, "t0001-polynomial", score=dict(mean=8.8912, std=0.1, ci=[8.743, 9.04]),
                   frechet=dict(value=1234.25, ci=[1200.5, 1300.5]), p_best=0.86,
+                  to_next=dict(score=0.1212, ci=[-0.0789, 0.3213]),
                   tied_with=["t0002-sigmoid", "t0003-cosine", "t0004-cosine"]),
             entry(2, "t0002-sigmoid", score=dict(mean=8.77, std=0.1, ci=[8.6, 8.94]),
                   frechet=dict(value=4.3, ci=[3.37, 5.22]), p_best=0.11),
@@ -188,9 +189,10 @@ def test_of_the_ranking_nothing_is_cut(ranking, width):
 
 
 def test_a_wide_ranking_shows_intervals_ties_and_why_a_trial_has_no_score(ranking):
-    text = rendered(watch.ranking_table(ranking), 200)
+    text = rendered(watch.ranking_table(ranking), 220)
     (first,) = (line for line in text.splitlines() if "t0001-polynomial" in line)
-    for part in ("8.743–9.040", "1200.50–1300.50", "0.86", "2.0e-03", "t0002-sigmoid, t0003-cosine, t0004-cosine"):
+    values = ("8.743–9.040", "1200.50–1300.50", "0.86", "2.0e-03", "0.121 ±0.200")
+    for part in (*values, "t0002-sigmoid, t0003-cosine, t0004-cosine"):
         assert part in first
     assert "its checkpoint is damaged" in text
 
