@@ -1,7 +1,6 @@
 """One driver a run: a lease with a heartbeat in the run's folder. Best effort where two start in the same moment."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -46,8 +45,14 @@ def held(run: Storage) -> Iterator[None]:
         while not over.wait(BEAT_SECONDS):
             with contextlib.suppress(OSError):  # a storage that is away for a while is no reason to end a search
                 found = _read(run)
-                if found and found["token"] != mine["token"]:
-                    print(f"\n{_worked_on(run, found)} by now: this process ends", file=sys.stderr, flush=True)
+                if found is None and not run.exists(FILE):
+                    lost = f"{run.uri} was taken over, and given back, while this process slept"
+                elif found and found["token"] != mine["token"]:
+                    lost = f"{_worked_on(run, found)} by now"
+                else:
+                    lost = None
+                if lost:
+                    print(f"\n{lost}: this process ends", file=sys.stderr, flush=True)
                     os.kill(os.getpid(), signal.SIGINT)
                     return
                 run.write_json(FILE, mine | {"beat": time.time()})
@@ -71,7 +76,7 @@ def _worked_on(run: Storage, lease: dict[str, Any]) -> str:
 def _read(run: Storage) -> dict[str, Any] | None:
     try:
         found = run.read_json(FILE)
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):  # no JSON, or no text at all
         return None
     return found if isinstance(found, dict) and {"host", "pid", "token", "beat"} <= found.keys() else None
 
@@ -89,6 +94,9 @@ def _lives(lease: dict[str, Any]) -> bool:
 
 
 def _pid_namespace() -> str:
-    """Where a process's number means anything: containers may share a host name, each with numbers of its own."""
-    namespace = Path("/proc/self/ns/pid")
-    return str(namespace.readlink()) if namespace.is_symlink() else ""
+    """Where a process's number means anything: machines and containers may share a host name.
+
+    Of machines the first namespace has one name everywhere, so the boot's own number is part of it.
+    """
+    namespace, boot = Path("/proc/self/ns/pid"), Path("/proc/sys/kernel/random/boot_id")
+    return f"{namespace.readlink()} {boot.read_text().strip()}" if namespace.is_symlink() and boot.exists() else ""

@@ -81,6 +81,18 @@ def test_a_driver_that_wakes_up_when_another_has_its_run_ends_and_lets_the_lease
     assert run.read_json(lease.FILE) == theirs
 
 
+def test_a_driver_that_wakes_up_when_another_has_finished_its_run_writes_no_lease_and_ends(tmp_path, driver):
+    """It would go on with a table of before, and write that over what the other finished."""
+    run = Storage(tmp_path)
+    os.kill(driver.pid, signal.SIGSTOP)
+    run.delete(lease.FILE)
+    os.kill(driver.pid, signal.SIGCONT)
+    _, said = driver.communicate(timeout=30)
+    assert driver.returncode == -signal.SIGINT
+    assert "was taken over, and given back" in said
+    assert not run.exists(lease.FILE)
+
+
 @pytest.mark.parametrize(("age", "refused"), [(5, True), (600, False)])
 def test_a_driver_on_another_machine_lives_while_its_heart_beats(tmp_path, age, refused):
     run = Storage(tmp_path)
@@ -93,8 +105,20 @@ def test_a_driver_on_another_machine_lives_while_its_heart_beats(tmp_path, age, 
             pass
 
 
-def test_a_damaged_lease_keeps_nobody_out(tmp_path):
-    Storage(tmp_path).write(lease.FILE, b"{")
+def test_a_driver_of_this_host_name_and_another_boot_is_on_another_machine(tmp_path):
+    """Many machines are called localhost, and the first namespace of process numbers has one name on all of them."""
+    run = Storage(tmp_path)
+    with lease.held(run):
+        mine = run.read_json(lease.FILE)
+    theirs = mine | {"pid": 2**22 - 1, "beat": time.time(), "pids": mine["pids"].replace("-", "+")}
+    run.write_json(lease.FILE, theirs)
+    with pytest.raises(UserError, match="is being worked on"), lease.held(run):
+        pass
+
+
+@pytest.mark.parametrize("damaged", [b"{", b"\xffabc"])
+def test_a_damaged_lease_keeps_nobody_out(tmp_path, damaged):
+    Storage(tmp_path).write(lease.FILE, damaged)
     with lease.held(Storage(tmp_path)):
         assert Storage(tmp_path).read_json(lease.FILE)["pid"] == os.getpid()
 
