@@ -24,7 +24,7 @@ ENVIRONMENT = {
     # A worker that answers no longer, or that the others wait for at a report, has hung.
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "300",
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "1800",
-    # What a stopped trial still stores in a reused process. Where that takes longer, Tune fails the trial that comes next.
+    # For what a stopped trial of a reused process still stores. Where it takes longer, Tune fails the trial after it.
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
 }
 PACKAGES = ("search", "evaluation", "trainer", "cluster")

@@ -24,13 +24,18 @@ class RungReportCallback(TuneReportCallback):
             super().after_report(run_context, metrics, checkpoint)
 
 
-def _report_last_rung(checkpoints: Storage, training: TrainConfig) -> None:
-    """It was written, and perhaps not noted before a crash: training goes on behind it, and never comes here again."""
+def _report_rungs(checkpoints: Storage, training: TrainConfig) -> None:
+    """Those of an earlier life, which perhaps were not noted: training goes on behind them.
+
+    The workers of a trial outlive its own process for a while, and may have passed several.
+    """
     from trainer import checkpoint
 
     found = checkpoint.latest(checkpoints, of_a_rung=True, of=training)
     if found is not None:
-        tune.report({**found[1].meta["metrics"], "checkpoint_path": found[0].root})
+        meta = found[1].meta
+        for metrics in meta.get("rungs") or [meta["metrics"]]:
+            tune.report({**metrics, "checkpoint_path": found[0].root})
 
 
 def in_ray_train(
@@ -42,7 +47,7 @@ def in_ray_train(
         from trainer import ray_worker
 
         training = TrainConfig.model_validate(config["train"])
-        _report_last_rung(run.at("train", config["trial"]), training)
+        _report_rungs(run.at("train", config["trial"]), training)
         ray_worker.fit(
             training,
             name=config["trial"],
@@ -70,7 +75,7 @@ def in_reused_process(run: Storage, scorer: RungScorer, rungs: list[int]) -> Cal
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         training = TrainConfig.model_validate(config["train"])
-        _report_last_rung(run.at("train", config["trial"]), training)
+        _report_rungs(run.at("train", config["trial"]), training)
 
         def report(metrics: loop.Metrics, checkpoint: Storage) -> None:
             if metrics["rung"]:

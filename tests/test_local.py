@@ -6,6 +6,8 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
+import torch.multiprocessing as mp
 from fsspec.implementations.local import LocalFileSystem
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_loop import CPU, TINY, assert_same_tensors, record, toy_images
@@ -13,9 +15,13 @@ from test_loop import CPU, TINY, assert_same_tensors, record, toy_images
 from evaluation.config import SamplerConfig
 from evaluation.rung import RungScorer
 from trainer import checkpoint, local, loop
+from trainer.config import SpeedConfig
 from trainer.storage import Storage
 
 EVERY_EPOCH = TINY.model_copy(update={"checkpoint_seconds": None, "checkpoint_epochs": 1})  # steps 3, 6 and 10
+
+
+DROPPED = EVERY_EPOCH.model_copy(update={"dropout": 0.3})
 
 
 class HeldFiles(LocalFileSystem):
@@ -54,6 +60,28 @@ def fit(checkpoints: Storage, config=EVERY_EPOCH, **arguments: Any) -> list[int]
     events = arguments.pop("events", Storage(checkpoints.root).at("events"))
     local.fit(config, toy_images(), checkpoints, events, CPU.device, report, **arguments)
     return steps
+
+
+def _in_a_new_process(_: int, folder: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    fit(Storage(folder), DROPPED)
+
+
+@pytest.mark.slow
+def test_a_process_that_has_trained_others_trains_as_a_new_one_to_the_bit(tmp_path):
+    """As with `runner: reuse`: no seed, type, thread or memory format of a trial reaches the next."""
+    mp.spawn(_in_a_new_process, (str(tmp_path / "new"), torch.get_num_threads()), nprocs=1)
+    others = (
+        DROPPED.model_copy(update={"seed": 5, "batch_size": 5, "speed": SpeedConfig(bf16=True, channels_last=False)}),
+        DROPPED.model_copy(update={"dropout": 0.5, "micro_batch": 3, "ema_decays": (0.5, 0.9)}),
+    )
+    for index, other in enumerate(others):
+        fit(Storage(tmp_path / f"other{index}"), other)
+    fit(Storage(tmp_path / "reused"), DROPPED)
+    new, reused = (checkpoint.latest(Storage(tmp_path / name)) for name in ("new", "reused"))
+    assert new is not None
+    assert reused is not None
+    assert_same_tensors(reused[1].state, new[1].state)
 
 
 def stored() -> bool:

@@ -124,6 +124,9 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, cut):
     for epoch, metrics in resumed["metrics"].items():
         for name in ("step", "train_loss", "learning_rate", "gradient_norm", "ema_decay"):
             assert metrics[name] == whole["metrics"][epoch][name], (epoch, name)
+    told = [[(rung["epoch"], rung["train_loss"]) for rung in run["metas"][10]["rungs"]] for run in (resumed, whole)]
+    assert told[0] == told[1]
+    assert [epoch for epoch, _ in told[0]] == [1, 2, 3]  # whatever noted them: see search/trial.py
 
 
 def test_scoring_at_rungs_changes_nothing_that_is_learned():

@@ -64,12 +64,12 @@ def train(
     # A training as new, or as it was.
     with explained(config, worker):
         advance = TrainStep(config, images, worker)
-    meta: dict[str, Any] = {"step": 0, "epoch": 0, "worker_seconds": 0.0, "last_loss": None}
+    meta: dict[str, Any] = {"step": 0, "epoch": 0, "worker_seconds": 0.0, "last_loss": None, "rungs": []}
     meta["ema_decay"] = config.ema_decays[0]
     losses = norms = torch.zeros(0)
     if resume is not None:
         advance.load(resume.state, updates=resume.meta["step"])
-        meta = {name: resume.meta.get(name) for name in meta}  # an earlier version's has no last_loss
+        meta = {name: resume.meta.get(name, value) for name, value in meta.items()}  # an older one lacks some
         losses, norms = resume.state["losses"], resume.state["norms"]
     meta |= {"image_shape": images.shape, "config": config.model_dump(mode="json")}
     reported_at = time.monotonic()
@@ -143,6 +143,8 @@ def train(
         metrics["worker_seconds"] = meta["worker_seconds"]
         if worker.rank == 0:
             log(metrics)
+        if at_rung:  # all of them are in every checkpoint: who should have noted one may have died meanwhile
+            meta["rungs"] = [*meta["rungs"], {name: value for name, value in metrics.items() if name != "samples"}]
         if at_rung or due or stopped:
             hand_over(metrics)
         if stopped and epoch < config.epochs:
