@@ -48,7 +48,8 @@ ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
 here = ray.get_runtime_context().gcs_address
 groups = [g.placement_group_id for g in list_placement_groups(address=here) if g.state != "REMOVED"]
 KEPT = {"TrainStateActor", "_AutoscalingCoordinatorActor", "DatasetManager"}  # Ray's own, one a cluster
-actors = [a.class_name for a in list_actors(address=here) if a.state != "DEAD" and a.class_name not in KEPT]
+alive = list_actors(address=here, filters=[("state", "!=", "DEAD")], limit=1000)
+actors = [a.class_name for a in alive if a.class_name not in KEPT]
 print(json.dumps(groups + actors))
 """
 
@@ -252,7 +253,7 @@ def test_the_head_dies_with_the_driver_and_another_cluster_goes_on(cluster, tmp_
 @pytest.mark.parametrize("runner", ["train", "reuse"])
 def test_a_cluster_grows_and_two_processes_are_killed_at_once(cluster, tmp_path, capsys, runner):
     nodes = cluster(1)
-    search = Search(nodes, tmp_path, epochs=80 if runner == "train" else 400)
+    search = Search(nodes, tmp_path, epochs=160 if runner == "train" else 400)
     with search.begun(1, runner) as driver:
         search.wait_for(2, driver)
         assert [row.state for row in Records.load(search.place)] == ["running"], "there is room for one"

@@ -1,5 +1,6 @@
 """Ray Train around the loop, through what can happen to its workers: real processes, stopped and killed."""
 
+import ctypes
 import os
 import resource
 import signal
@@ -187,7 +188,7 @@ def test_a_training_whose_node_is_lost_goes_on_with_fewer_workers_and_the_same_c
 
 
 class Squeeze:
-    """A scorer that leaves its process too little memory for the next step, and notes its life."""
+    """A scorer that leaves its process too little memory for the steps after the second rung, and notes its life."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -195,6 +196,9 @@ class Squeeze:
     def __call__(self, denoiser: Any, config: TrainConfig, device: torch.device) -> dict[str, Any]:
         with (self.folder / "scored").open("a") as file:
             file.write(f"{os.getpid()}\n")
+        if len((self.folder / "scored").read_text().split()) < 2:
+            ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what a step frees is the system's again
+            return {"frechet": 1.0, "objective": 1.0}
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + 60 * 2**20, resource.RLIM_INFINITY))
         return {"frechet": 1.0, "objective": 1.0}
@@ -209,7 +213,7 @@ def scenario_of_too_little_memory(_: int, folder: str, temporary: str) -> None:
         metrics = ray.get(train_in_a_task.remote(config, run.uri, Squeeze(tmp_path)), timeout=200)
     assert metrics["failure"].startswith("memory is too small for 512 images at once (train.batch_size=1024, ")
     assert "set train.micro_batch to 256 (" in metrics["failure"]
-    assert len((tmp_path / "scored").read_text().split()) == 1, "it was tried again"
+    assert len((tmp_path / "scored").read_text().split()) == 2, "it was tried again"
     assert not run.exists("train/trial/gave_up.json")
 
 
