@@ -1,6 +1,6 @@
 """Ray Train around the loop, through what can happen to its workers: real processes, stopped and killed."""
 
-import ctypes
+import json
 import os
 import resource
 import signal
@@ -18,6 +18,7 @@ import ray.train
 import torch
 import torch.multiprocessing as mp
 from ray.cluster_utils import Cluster
+from ray.train.v2.api.callback import UserCallback
 
 from cluster.connect import ENVIRONMENT
 from trainer import checkpoint, data, local, ray_worker
@@ -79,11 +80,29 @@ def cluster_of_two(temporary: str) -> Iterator[list[Any]]:
     made.shutdown()
 
 
+class Heard(UserCallback):
+    """What the search hears of a training: each report, as RungReportCallback has it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        with (self.folder / "heard").open("a") as file:
+            file.write(json.dumps(metrics[0]) + "\n")
+
+
 # On the head, which lives: what dies here are workers
 @ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})
 def train_in_a_task(config: dict[str, Any], run: str, probe: Probe) -> dict[str, Any]:
     ray_worker.ELASTIC_START_SECONDS = 10
-    return ray_worker.fit(TrainConfig.model_validate(config), "trial", Storage(run), score=probe, rungs=RUNGS)
+    return ray_worker.fit(
+        TrainConfig.model_validate(config),
+        "trial",
+        Storage(run),
+        score=probe,
+        rungs=RUNGS,
+        callbacks=[Heard(probe.folder)],
+    )
 
 
 def uninterrupted(tmp_path: Path) -> dict[int, float]:
@@ -188,7 +207,7 @@ def test_a_training_whose_node_is_lost_goes_on_with_fewer_workers_and_the_same_c
 
 
 class Squeeze:
-    """A scorer that leaves its process too little memory for the steps after the second rung, and notes its life."""
+    """A scorer that leaves its process too little memory for the next step, and notes its life."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -196,9 +215,6 @@ class Squeeze:
     def __call__(self, denoiser: Any, config: TrainConfig, device: torch.device) -> dict[str, Any]:
         with (self.folder / "scored").open("a") as file:
             file.write(f"{os.getpid()}\n")
-        if len((self.folder / "scored").read_text().split()) < 2:
-            ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what a step frees is the system's again
-            return {"frechet": 1.0, "objective": 1.0}
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (mapped + 60 * 2**20, resource.RLIM_INFINITY))
         return {"frechet": 1.0, "objective": 1.0}
@@ -207,13 +223,15 @@ class Squeeze:
 def scenario_of_too_little_memory(_: int, folder: str, temporary: str) -> None:
     tmp_path = Path(folder)
     run = Storage(tmp_path / "run")
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**16)  # what a step frees is the system's again, and limited
     with cluster_of_two(temporary):
         big = {"data": DataConfig(image_size=32), "batch_size": 1024, "checkpoint_seconds": None}
         config = CONFIG.model_copy(update=big).model_dump(mode="json")
-        metrics = ray.get(train_in_a_task.remote(config, run.uri, Squeeze(tmp_path)), timeout=200)
-    assert metrics["failure"].startswith("memory is too small for 512 images at once (train.batch_size=1024, ")
-    assert "set train.micro_batch to 256 (" in metrics["failure"]
-    assert len((tmp_path / "scored").read_text().split()) == 2, "it was tried again"
+        ray.get(train_in_a_task.remote(config, run.uri, Squeeze(tmp_path)), timeout=200)
+    last = json.loads((tmp_path / "heard").read_text().splitlines()[-1])
+    assert last["failure"].startswith("memory is too small for 512 images at once (train.batch_size=1024, ")
+    assert "set train.micro_batch to 256 (" in last["failure"]
+    assert len((tmp_path / "scored").read_text().split()) == 1, "it was tried again"
     assert not run.exists("train/trial/gave_up.json")
 
 

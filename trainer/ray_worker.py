@@ -39,12 +39,12 @@ def fit(
     worker: dict[str, float] | None = None,
     strategy: str = "PACK",
 ) -> dict[str, Any]:
-    """Trains in `config.workers` processes and returns the last reported metrics.
+    """Trains in `config.workers` processes and returns the metrics of the last rung.
 
     Checkpoints go to RUN/train/<name>; the same name goes on from the newest whole one of `config` there. A worker that
     dies is replaced, up to three times; where its node is lost and min_workers allows it, the others go on without it.
-    `worker` is what each reserves, such as {"CPU": 1, "GPU": 1}. Metrics hold `failure` where training cannot go on:
-    see TrainingFailedError.
+    `worker` is what each reserves, such as {"CPU": 1, "GPU": 1}. Where training cannot go on, `callbacks` hear of it: a
+    report that holds `failure`, see TrainingFailedError.
     """
     elastic = config.min_workers is not None and config.min_workers < config.workers
     num_workers = (config.min_workers, config.workers) if elastic else config.workers
