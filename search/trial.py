@@ -73,6 +73,12 @@ def in_reused_process(run: Storage, scorer: RungScorer, rungs: list[int]) -> Cal
 
         from trainer import data, failures, local, loop
 
+        # A trial's memory is its own. Not at the end of the last one, whose frames held its model. First what only
+        # reference cycles hold: a graphed network refers to its own replaced forward, and its graph's memory, weights
+        # and all, would stay until Python looks.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         training = TrainConfig.model_validate(config["train"])
         _report_rungs(run.at("train", config["trial"]), training)
@@ -97,11 +103,5 @@ def in_reused_process(run: Storage, scorer: RungScorer, rungs: list[int]) -> Cal
                 raise  # the storage may be back when Tune tries again
             traceback.print_exc()
             tune.report(failures.failure_report(error))
-        finally:
-            # The next trial's memory is its own. First what only reference cycles still hold: a graphed network refers
-            # to its own replaced forward, and its graph's memory, weights and all, would stay until Python looks.
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
 
     return trial

@@ -254,9 +254,8 @@ def _diversity(row: dict[str, Any], kid: float | None) -> tuple[str, str]:
 
 def ranking_notes(ranking: dict[str, Any]) -> str:
     """What the numbers of a ranking depend on, in a line or two."""
-    drawn = ranking["sampler"] | (
-        {"steps": ranking["steps"]} if "steps" in ranking else {}
-    )  # a schedule may have fewer
+    # Fewer than the sampler's were taken where a schedule has no more; a ranking of an earlier version does not say.
+    drawn = ranking["sampler"] | {name: ranking[name] for name in ("steps",) if name in ranking}
     sampler = ", ".join(f"{name} {value}" for name, value in drawn.items())
     dropped = f", {ranking['dropped']} images dropped" if ranking.get("dropped") else ""
     return (
