@@ -4,6 +4,7 @@ python -m benchmarks.tables
 """
 
 import json
+from statistics import median
 from typing import Any
 
 from benchmarks.common import RESULTS, filled
@@ -21,6 +22,7 @@ def page() -> str:
         ("orchestration", orchestration),
         ("sampling_throughput", sampling_throughput),
         ("rank_agreement", rank_agreement),
+        ("pool_or_ray_data", pool_or_ray_data),
     ):
         for path in sorted(RESULTS.glob(f"{name}*.json")):
             result = json.loads(path.read_text())
@@ -206,6 +208,22 @@ def rank_agreement(result: dict[str, Any]) -> str:
             f"their ranking at each setting and that at {full['steps']} {result['sampler']['name'].upper()} steps and "
             f"{full['images']:,} images. In brackets 95 % percentile bootstrap intervals over the trials.",
             _table(["steps", "images", "by the score", "by the Fréchet distance"], rows),
+        ]
+    )
+
+
+def pool_or_ray_data(result: dict[str, Any]) -> str:
+    names = {"pool": "the stage's pool of actors", "ray_data": "Ray Data's map_batches"}
+    rows = []
+    for name, seconds in result["seconds"].items():
+        rows.append([names[name], f"{median(seconds):.1f} ({min(seconds):.1f}–{max(seconds):.1f})"])
+    return "\n\n".join(
+        [
+            "## A pool of actors or Ray Data",
+            f"{result['images']:,} images of digits in {result['shards']} shards, drawn and scored by "
+            f"{result['workers']} actors of one CPU each, {result['sampler_steps']} steps, in turn by both, actors' start "
+            "included; the same files to the bit.",
+            _table(["", f"seconds: median of {len(result['seconds']['pool'])} (range)"], rows),
         ]
     )
 
