@@ -221,8 +221,8 @@ def pool_or_ray_data(result: dict[str, Any]) -> str:
         [
             "## A pool of actors or Ray Data",
             f"{result['images']:,} images of digits in {result['shards']} shards, drawn and scored by "
-            f"{result['workers']} actors of one CPU each, {result['sampler_steps']} steps, in turn by both, actors' start "
-            "included; the same files to the bit.",
+            f"{result['workers']} actors of one CPU each, {result['sampler_steps']} steps, in turn by both, "
+            "actors' start included; the same files to the bit.",
             _table(["", f"seconds: median of {len(result['seconds']['pool'])} (range)"], rows),
         ]
     )
