@@ -14,9 +14,10 @@ from search.config import UserError
 from trainer.storage import Storage
 
 HOLD = """
-import sys, time
+import signal, sys, time
 from search import lease
 from trainer.storage import Storage
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 lease.BEAT_SECONDS = 0.1
 with lease.held(Storage(sys.argv[1])):
     print("held", flush=True)
