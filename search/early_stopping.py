@@ -90,12 +90,10 @@ class RungScheduler(Live, FIFOScheduler):
         if self.config.scheduler == "none":
             return None
         values = self._values(row, epoch)
-        others = [
-            self._values(other, epoch) for other in self.records if other.trial != row.trial and other.rung(epoch)
-        ]
-        earlier = [other[-1] for other in others]
+        there = [(other, rung) for other in self.records if (rung := other.rung(epoch)) and other.trial != row.trial]
+        earlier = [objective(rung, self.metric_name) for _, rung in there]
         if self.config.scheduler == "median":
-            passes = beats_median(values, others)
+            passes = beats_median(values, [self._values(other, epoch) for other, _ in there])
         else:
             passes = goes_on(values[-1], earlier, self.config.reduction)
         if passes:

@@ -23,6 +23,7 @@ from trainer import schedules
 
 MAX_UNTRAINED_IN_A_ROW = 200  # screened and reused ones: then there is nothing new to be found in the space
 UNTRAINED = ("screened", "reused")
+SPEAKS = (*OPEN, "completed", "stopped")  # for a configuration that is nearly the same
 
 
 class HonestOptunaSearch(Live, OptunaSearch):
@@ -271,10 +272,10 @@ def twin(config: SearchConfig, row: Row, records: Iterable[Row]) -> tuple[str, f
     near = [
         (schedules.largest_difference(curve, _alpha_bar(config, other)), other.trial)
         for other in records
-        if other.state in (*OPEN, "completed", "stopped")
-        and (other.seed, other.settings) == (row.seed, row.settings)
+        if abs(other.dropout - row.dropout) <= limits.dropout
         and abs(math.log(other.learning_rate / row.learning_rate)) <= limits.log_learning_rate
-        and abs(other.dropout - row.dropout) <= limits.dropout
+        and other.state in SPEAKS
+        and (other.seed, other.settings) == (row.seed, row.settings)
     ]
     difference, trial = min(near, default=(math.inf, ""))
     return (trial, difference) if difference < limits.alpha_bar else None

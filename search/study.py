@@ -9,8 +9,8 @@ from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-BEST, LATEST = 100, 400  # TPE takes no more than the 25 best for good ones, and weighs the others down by their age
-MOST = 600  # finished trials that are shown, before all but those are forgotten
+BEST, LATEST = 50, 200  # TPE takes no more than the 25 best for good ones, and weighs the others down by their age
+MOST = 300  # finished trials that are shown, before all but those are forgotten
 
 
 class ShortMemory(InMemoryStorage):

@@ -168,11 +168,13 @@ class SearchView:
         if self.live is not None:
             return  # it looks by itself, a few times a second
         for row in self.records:
-            if row.state != self.said.get(row.trial) and row.state not in OPEN:
+            if row.state == self.said.get(row.trial):
+                continue
+            self.said[row.trial] = row.state
+            if row.state not in OPEN:
                 self.console.print(
                     f"{row.trial}  {schedule_label(row)}  {row.state}" + (f": {row.reason}" if row.reason else "")
                 )
-            self.said[row.trial] = row.state
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:

@@ -1,9 +1,13 @@
 """Any sampler of Optuna's may suggest, and what cannot is refused before anything starts."""
 
+import numpy as np
+import optuna
 import pytest
 from optuna import samplers as optuna_samplers
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import TrialState
 
-from search import samplers
+from search import samplers, space
 from search.config import UserError, load
 from search.records import Records
 from search.searcher import HonestOptunaSearch
@@ -26,7 +30,7 @@ ON_A_GRID = (
 )
 def test_samplers_are_had_by_name(name, sampler):
     config = load("digits", [f"searcher={name}"])
-    assert type(samplers.make(config, 0)) is getattr(optuna_samplers, sampler)
+    assert isinstance(samplers.make(config, 0), getattr(optuna_samplers, sampler))
     samplers.check(config)
 
 
@@ -35,6 +39,42 @@ def test_tpe_knows_of_families_and_of_running_trials_by_default():
     assert (sampler._multivariate, sampler._group, sampler._constant_liar) == (True, True, True)
     plain = samplers.make(load("digits", ["searcher.options={multivariate: false, group: false}"]), 0)
     assert (plain._multivariate, plain._group, plain._constant_liar) == (False, False, True)
+
+
+def test_each_family_s_parameters_are_drawn_as_optuna_s_own_tpe_draws_them():
+    """Only the random numbers are other ones: the means over many draws agree, family by family."""
+    config = load("digits", ["known_points=[]"])
+    suggest = space.define_by_run(config)
+    drawn = []
+    for make in (samplers.FamilyTPE, optuna_samplers.TPESampler):
+        study = optuna.create_study(sampler=make(seed=0, **samplers.DEFAULTS["TPESampler"]))
+        rng = np.random.default_rng(0)
+        for _ in range(60):  # the same past for both
+            family = str(rng.choice(list(config.space.families)))
+            searched = space.distributions(config, family)
+            fixed = optuna.trial.FixedTrial({n: _uniform(rng, d) for n, d in searched.items()} | {"family": family})
+            suggest(fixed)
+            value = fixed.params["learning_rate"] * 1e3 + fixed.params["dropout"]
+            study.add_trial(optuna.trial.create_trial(params=fixed.params, distributions=searched, value=value))
+        drawn.append([])
+        for _ in range(150):
+            trial = study.ask()
+            drawn[-1].append(suggest(trial))
+            assert trial.params.keys() == space.distributions(config, trial.params["family"]).keys()
+            study.tell(trial, state=TrialState.FAIL)  # it says nothing to those after it
+    for family in config.space.families:
+        ours, theirs = ([params for params in draws if params["family"] == family] for draws in drawn)
+        assert abs(len(ours) - len(theirs)) < 4 * (len(ours) + len(theirs)) ** 0.5
+        for name in ours[0].keys() - {"family"}:
+            a, b = (np.array([params[name] for params in draws], float) for draws in (ours, theirs))
+            error = np.hypot(a.std() / len(a) ** 0.5, b.std() / len(b) ** 0.5)
+            assert abs(a.mean() - b.mean()) <= 4.5 * error + 1e-9, (family, name)
+
+
+def _uniform(rng, distribution):
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[0]
+    return float(rng.uniform(distribution.low, distribution.high))
 
 
 def test_a_brute_force_search_suits_a_space_of_choices():
