@@ -1,5 +1,6 @@
 """One training in this process: its checkpoints are stored while it goes on, whatever the storage does."""
 
+import gc
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from trainer import checkpoint, local, loop
 from trainer.config import SpeedConfig
 from trainer.storage import Storage
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 EVERY_EPOCH = TINY.model_copy(update={"checkpoint_seconds": None, "checkpoint_epochs": 1})  # steps 3, 6 and 10
 
 
@@ -82,6 +84,32 @@ def test_a_process_that_has_trained_others_trains_as_a_new_one_to_the_bit(tmp_pa
     assert new is not None
     assert reused is not None
     assert_same_tensors(reused[1].state, new[1].state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_nothing_of_a_training_is_held_once_its_garbage_is_collected(tmp_path, device):
+    """As a reused process does before the next one: networks, their averages and the optimiser's moments are gone."""
+
+    def large() -> int:  # tensors of the size of a weight; the images of the data set stay
+        gc.collect()
+        tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+        return sum(tensor.numel() > 1000 and tensor.is_floating_point() for tensor in tensors)
+
+    def train(name: str) -> int:
+        own, held = Storage(tmp_path / name), [0]
+
+        def report(metrics: loop.Metrics, folder: Storage) -> None:
+            held.append(large())
+
+        local.fit(DROPPED, toy_images(), own, own.at("events"), torch.device(device), report)
+        return max(held)
+
+    train("first")  # what the process keeps for ever, such as a workspace, is made by now
+    before, memory = large(), torch.cuda.memory_allocated() if device == "cuda" else 0
+    assert train("second") > before  # it would be seen
+    assert large() == before
+    assert device == "cpu" or torch.cuda.memory_allocated() <= memory
 
 
 def stored() -> bool:
