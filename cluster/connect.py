@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import json
 import logging
 import os
 import secrets
@@ -11,8 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import ray
 from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.grpc_utils import init_grpc_channel
+from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from cluster import nodes
 
@@ -27,6 +33,7 @@ ENVIRONMENT = {
     # For what a stopped trial of a reused process still stores. Where it takes longer, Tune fails the trial after it.
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
 }
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # by which Ray tells a job's driver what the job was given
 PACKAGES = ("search", "evaluation", "trainer", "cluster")
 
 
@@ -54,6 +61,17 @@ def runtime_env() -> dict[str, Any]:
         "excludes": ["__pycache__"],
         "env_vars": ENVIRONMENT,
     }
+
+
+def driver_env() -> dict[str, Any]:
+    """What the driver adds: all of `runtime_env`; in a Ray job, which has its code, what its environment lacks.
+
+    `cluster submit` gave its job all of it; KubeRay and `ray job submit` give none. Ray refuses what is given twice.
+    """
+    if JOB not in os.environ:
+        return runtime_env()
+    given = (json.loads(os.environ[JOB]).get("runtime_env") or {}).get("env_vars") or {}
+    return {"env_vars": {name: value for name, value in ENVIRONMENT.items() if name not in given}}
 
 
 @contextlib.contextmanager
@@ -106,22 +124,16 @@ def _on_loopback() -> Iterator[None]:
 
 def _join(address: str, quiet: dict[str, Any]) -> Any:
     _check_answers(address)
-    # A driver that `cluster submit` started has it from the job already.
-    env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else runtime_env()
     try:
-        return ray.init(address=address, runtime_env=env, **quiet)
+        return ray.init(address=address, runtime_env=driver_env(), **quiet)
     except ray.exceptions.AuthenticationError as error:
-        raise ConnectError(
-            f"the cluster at --address {address} asks for another token than this machine has; copy the head's "
-            "~/.ray/auth_token here, or set RAY_AUTH_TOKEN_PATH"
-        ) from error
+        raise token_refused(f"--address {address}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         if "ersion mismatch" in str(error):
             raise ConnectError(f"--address {address}: {error}; install the cluster's versions here") from error
         raise ConnectError(
-            f"no Ray cluster answers at --address {address}: {error}; where there is one, it asks for another token: "
-            "copy the head's ~/.ray/auth_token here. Start one with `ray start --head`, or leave --address out to use "
-            "this machine"
+            f"no Ray cluster answers at --address {address}: {error}; start one with `ray start --head`, or leave "
+            "--address out to use this machine"
         ) from error
 
 
@@ -141,7 +153,10 @@ def _check_versions() -> None:
 
 
 def _check_answers(address: str) -> None:
-    """Raises ConnectError at once where nothing listens: Ray itself tries for more than a minute."""
+    """Shows the token where one is asked for. Raises ConnectError where another is, or where nothing listens.
+
+    At once: Ray itself tries for more than a minute, and does not say that it was a token.
+    """
     host, _, port = address.rpartition(":")
     if "://" in address or not port.isdigit():  # auto, or a Ray client's address
         return
@@ -152,3 +167,31 @@ def _check_answers(address: str) -> None:
             f"nothing answers at --address {address} ({error}); start a cluster with `ray start --head`, "
             "or leave --address out to use this machine"
         ) from error
+    if not _is_let_in(address) and not (show_token() and _is_let_in(address)):
+        raise token_refused(f"--address {address}")
+
+
+def _is_let_in(address: str) -> bool:
+    """By Ray's own first question to a cluster."""
+    with init_grpc_channel(address) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=10)
+        except grpc.RpcError as error:
+            return bool(error.code() != grpc.StatusCode.UNAUTHENTICATED)  # of anything else Ray speaks
+    return True
+
+
+def show_token() -> bool:
+    """From here on as with RAY_AUTH_MODE=token; False where that is set, or to another value, or there is no token.
+
+    To be called where one is asked for: a cluster without tokens cannot call back a driver that wants one.
+    """
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it would tell of every cluster that it asks
+    return "RAY_AUTH_MODE" not in os.environ and maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def token_refused(where: str) -> ConnectError:
+    return ConnectError(
+        f"the cluster at {where} asks for another token than this machine has; copy the head's ~/.ray/auth_token here, "
+        "or set RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
+    )
