@@ -17,6 +17,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+    from cluster.capacity import Capacity
     from cluster.doctor import Finding
     from search.config import SearchConfig
 
@@ -37,11 +38,19 @@ def capacity_(
     from cluster import capacity, connect
 
     with connect.connected(address):
-        cluster = capacity.read()
-        what = "GPU" if cluster.use_gpu else "CPU"
-        for index, slots in enumerate(cluster.slots()):
-            console.print(f"node {index}: {slots} workers, one {what} each")
-        console.print(f"{cluster.trials_at_once(workers)} trials of {workers} workers at once")
+        console.print(*placement_lines(capacity.read(), workers), sep="\n")
+
+
+def placement_lines(cluster: "Capacity", workers: int) -> list[str]:
+    """Of each node and of all. Raises UserError where not one trial fits."""
+    from search.config import UserError
+
+    try:
+        at_once = cluster.place(workers).at_once
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    nodes = [f"node {index}: {slots} workers, one {cluster.what} each" for index, slots in enumerate(cluster.slots())]
+    return [*nodes, f"{at_once} trials of {workers} workers at once"]
 
 
 @app.command("doctor")

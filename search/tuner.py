@@ -160,7 +160,7 @@ def _tune(
 def _make_room(limiter: ConcurrencyLimiter, config: SearchConfig) -> None:
     """Nodes come and go: so many trials are begun as fit by now; those that lost theirs wait for Ray Train."""
     with contextlib.suppress(ValueError):  # none fits: no other is begun in place of those that wait
-        limiter.max_concurrent = capacity.read().place(config.train.workers, config.per_gpu).at_once
+        limiter.max_concurrent = capacity.read().place(*config.room).at_once
 
 
 def _fresh_journal(run: Storage) -> Path:
