@@ -17,7 +17,7 @@ from evaluation.reference import Reference
 from evaluation.rung import RungScorer
 from search import budget, confirm, disk, lease, plan, tuner, watch
 from search.config import SearchConfig, UserError
-from search.interrupt import Interrupt
+from search.interrupt import Interrupt, resume_command
 from search.outcome import REPORT, finish, versions
 from search.prepare import choose_metric, judge_of
 from search.records import CONFIG, RANKING, Records, Row
@@ -30,7 +30,7 @@ def begin(config: SearchConfig, run: Storage) -> None:
     """Writes config.yaml into a new run. Raises UserError where the place cannot be written or is taken."""
     if run.exists(CONFIG):
         raise UserError(
-            f"{run.uri} holds another run; go on with it (ddpm-search resume {run.uri}) or give this one another --name"
+            f"{run.uri} holds another run; go on with it ({resume_command(run.uri)}) or give this one another --name"
         )
     try:
         if run.names():
@@ -106,8 +106,8 @@ def _prepare(
     if config.trials_per_gpu == "auto" and cluster.use_gpu and config.train.workers == 1:
         with console.status("measuring a trial's memory"):
             one = plan.measure_on_cluster(config, scorer, use_gpu=True)
-        count = capacity.trials_per_gpu(one.gpu_bytes, one.gpu_total_bytes)
-        console.print(f"Trials per GPU: {count} ({disk.size(one.gpu_bytes)} each of {disk.size(one.gpu_total_bytes)})")
+        count = capacity.trials_per_gpu(one.gpu_bytes, one.gpu_room_bytes)
+        console.print(f"Trials per GPU: {count} ({disk.size(one.gpu_bytes)} each of {disk.size(one.gpu_room_bytes)})")
         config = config.model_copy(update={"trials_per_gpu": count})
         placement = cluster.place(1, count)
     return config, judge, scorer, placement
