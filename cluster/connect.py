@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,27 @@ class Connection:
 
     dashboard: str
     local: bool
+    compared: set[str] = field(default_factory=set)  # ids of nodes with this process's versions
+
+    def check_versions(self) -> None:
+        """Raises ConnectError where a node, of those that came since this was last asked, has other versions.
+
+        At first also where one cannot say; later, one that comes and goes ends no search.
+        """
+        here, found = nodes.versions(), [node for node in nodes.living() if node.id not in self.compared]
+        first, wrong = not self.compared, []
+        for node, there in zip(found, nodes.on_each(found, nodes.versions), strict=True):
+            if isinstance(there, Exception):
+                wrong += [f"{node.name} cannot run this code ({there})"] * first
+            elif different := nodes.differences(here, there):
+                wrong.append(f"{node.name} has {different}")
+            else:
+                self.compared.add(node.id)
+        if wrong:
+            raise ConnectError(
+                f"every node must have the versions of this machine, but {'; '.join(wrong)}; "
+                "install the same everywhere, then look with: ddpm-search cluster doctor"
+            )
 
 
 class ConnectError(Exception):
@@ -91,9 +112,10 @@ def connected(address: str | None = None, check_versions: bool = True) -> Iterat
     else:
         context = _join(str(address), quiet)
     try:
+        connection = Connection(dashboard=context.dashboard_url or "", local=local)
         if check_versions and not local:
-            _check_versions()
-        yield Connection(dashboard=context.dashboard_url or "", local=local)
+            connection.check_versions()
+        yield connection
     finally:
         ray.shutdown()
 
@@ -135,21 +157,6 @@ def _join(address: str, quiet: dict[str, Any]) -> Any:
             f"no Ray cluster answers at --address {address}: {error}; start one with `ray start --head`, or leave "
             "--address out to use this machine"
         ) from error
-
-
-def _check_versions() -> None:
-    here, found = nodes.versions(), nodes.living()
-    wrong = []
-    for node, there in zip(found, nodes.on_each(found, nodes.versions), strict=True):
-        if isinstance(there, Exception):
-            wrong.append(f"{node.name} cannot run this code ({there})")
-        elif different := nodes.differences(here, there):
-            wrong.append(f"{node.name} has {different}")
-    if wrong:
-        raise ConnectError(
-            f"every node must have the versions of this machine, but {'; '.join(wrong)}; "
-            "install the same everywhere, then look with: ddpm-search cluster doctor"
-        )
 
 
 def _check_answers(address: str) -> None:

@@ -81,11 +81,17 @@ def dry_run(
 
 
 def _with_room(room: tuple[int, int, int | None], ray: connect.Connection, console: Console) -> capacity.Capacity:
-    """The cluster, whose nodes may still be starting. Raises UserError where not one trial fits."""
+    """The cluster, whose nodes may have come since the last look, or may still be starting.
+
+    Raises UserError where not one trial fits, and ConnectError where a node has other versions.
+    """
     try:
-        return capacity.with_room(room, console.print, 0 if ray.local else capacity.NODES_SECONDS)
+        cluster = capacity.with_room(room, console.print, 0 if ray.local else capacity.NODES_SECONDS)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if not ray.local:
+        ray.check_versions()
+    return cluster
 
 
 def _prepare(

@@ -12,7 +12,8 @@ import pytest
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.runtime_env.runtime_env import _merge_runtime_env
 
-from cluster import connect
+from cluster import connect, nodes
+from cluster.nodes import Node
 
 LOCAL = """
 import json, os, psutil
@@ -112,6 +113,31 @@ def test_a_job_that_others_started_has_the_environment_of_a_search(monkeypatch, 
     assert merged is not None
     assert merged["env_vars"] == {**connect.ENVIRONMENT, **given}
     assert merged.get("working_dir") == job.get("working_dir")
+
+
+def test_nodes_that_join_later_are_compared_too_and_each_once(monkeypatch):
+    here, asked = nodes.versions(), []
+    torch = {"joins-last": "2.9.0"}
+
+    def on_each(found, function):
+        asked.extend(node.id for node in found)
+        lost = TimeoutError("no answer")
+        return [lost if n.id == "lost" else here | ({"torch": torch[n.id]} if n.id in torch else {}) for n in found]
+
+    monkeypatch.setattr(nodes, "on_each", on_each)
+    connection = connect.Connection("", local=False)
+    for living in (["head"], ["head", "joins"], ["joins", "lost"]):
+        monkeypatch.setattr(nodes, "living", lambda living=living: [Node(name, name, 0) for name in living])
+        connection.check_versions()
+    assert asked == ["head", "joins", "lost"]
+    monkeypatch.setattr(nodes, "living", lambda: [Node(name, name, 0) for name in ("joins", "joins-last")])
+    for _ in range(2):  # it stays refused
+        with pytest.raises(connect.ConnectError, match=r"but joins-last has torch 2\.9\.0 instead of"):
+            connection.check_versions()
+    assert asked[3:] == ["joins-last"] * 2
+    monkeypatch.setattr(nodes, "living", lambda: [Node("lost", "lost", 0)])
+    with pytest.raises(connect.ConnectError, match="lost cannot run this code"):
+        connect.Connection("", local=False).check_versions()
 
 
 def test_an_existing_token_is_taken_from_others_and_kept(tmp_path, monkeypatch):
