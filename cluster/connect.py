@@ -183,8 +183,11 @@ def _is_let_in(address: str) -> bool:
     with init_grpc_channel(address) as channel:
         try:
             NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=10)
+        except ray.exceptions.AuthenticationError:  # RAY_AUTH_MODE=token, and no token
+            return False
         except grpc.RpcError as error:
-            return bool(error.code() != grpc.StatusCode.UNAUTHENTICATED)  # of anything else Ray speaks
+            # Ray's C++ servers have put it into the details of another code. Of anything else Ray itself speaks.
+            return "authenticat" not in f"{error.code()} {error.details()}".lower()
     return True
 
 

@@ -87,19 +87,20 @@ def heads(tmp_path_factory) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("head", "token", "said"),
+    ("head", "token", "mode", "said"),
     [
-        ("guarded", "right", "token"),
-        ("guarded", "wrong", "asks for another token than this machine has; copy the head's"),
-        ("open", "right", "None"),
+        ("guarded", "right", {}, "token"),
+        ("guarded", "wrong", {}, "asks for another token than this machine has; copy the head's"),
+        ("guarded", None, {"RAY_AUTH_MODE": "token"}, "asks for another token than this machine has; copy the head's"),
+        ("open", "right", {}, "None"),
     ],
 )
-def test_a_token_is_shown_where_it_is_asked_for_and_nowhere_else(heads, tmp_path, head, token, said):
+def test_a_token_is_shown_where_it_is_asked_for_and_nowhere_else(heads, tmp_path, head, token, mode, said):
     if token:
         (tmp_path / ".ray").mkdir()
         (tmp_path / ".ray" / "auth_token").write_text(token)
     knock = (sys.executable, "-c", KNOCK, heads[head])
-    done = subprocess.run(knock, env=guarded(tmp_path), capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(knock, env=guarded(tmp_path, **mode), capture_output=True, text=True, timeout=60, check=True)
     assert said in done.stdout
     assert "Token authentication" not in done.stderr
 
