@@ -155,7 +155,7 @@ def _join(address: str, quiet: dict[str, Any]) -> Any:
             raise ConnectError(f"--address {address}: {error}; install the cluster's versions here") from error
         raise ConnectError(
             f"no Ray cluster answers at --address {address}: {error}; start one with `ray start --head`, or leave "
-            "--address out to use this machine"
+            "--address out to use this machine; where there is one, copy its head's ~/.ray/auth_token here"
         ) from error
 
 
