@@ -2,17 +2,23 @@
 
 import contextlib
 import importlib.metadata
+import json
 import logging
 import os
 import secrets
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import grpc
 import ray
 from ray._private import ray_constants
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.grpc_utils import init_grpc_channel
+from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 
 from cluster import nodes
 
@@ -27,6 +33,7 @@ ENVIRONMENT = {
     # For what a stopped trial of a reused process still stores. Where it takes longer, Tune fails the trial after it.
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
 }
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # by which Ray tells a job's driver what the job was given
 PACKAGES = ("search", "evaluation", "trainer", "cluster")
 
 
@@ -36,6 +43,27 @@ class Connection:
 
     dashboard: str
     local: bool
+    compared: set[str] = field(default_factory=set)  # ids of nodes with this process's versions
+
+    def check_versions(self) -> None:
+        """Raises ConnectError where a node, of those that came since this was last asked, has other versions.
+
+        At first also where one cannot say; later, one that comes and goes ends no search.
+        """
+        here, found = nodes.versions(), [node for node in nodes.living() if node.id not in self.compared]
+        first, wrong = not self.compared, []
+        for node, there in zip(found, nodes.on_each(found, nodes.versions), strict=True):
+            if isinstance(there, Exception):
+                wrong += [f"{node.name} cannot run this code ({there})"] * first
+            elif different := nodes.differences(here, there):
+                wrong.append(f"{node.name} has {different}")
+            else:
+                self.compared.add(node.id)
+        if wrong:
+            raise ConnectError(
+                f"every node must have the versions of this machine, but {'; '.join(wrong)}; "
+                "install the same everywhere, then look with: ddpm-search cluster doctor"
+            )
 
 
 class ConnectError(Exception):
@@ -56,6 +84,17 @@ def runtime_env() -> dict[str, Any]:
     }
 
 
+def driver_env() -> dict[str, Any]:
+    """What the driver adds: all of `runtime_env`; in a Ray job, which has its code, what its environment lacks.
+
+    `cluster submit` gave its job all of it; KubeRay and `ray job submit` give none. Ray refuses what is given twice.
+    """
+    if JOB not in os.environ:
+        return runtime_env()
+    given = (json.loads(os.environ[JOB]).get("runtime_env") or {}).get("env_vars") or {}
+    return {"env_vars": {name: value for name, value in ENVIRONMENT.items() if name not in given}}
+
+
 @contextlib.contextmanager
 def connected(address: str | None = None, check_versions: bool = True) -> Iterator[Connection]:
     """Connects for the length of a with block; a local Ray is stopped at its end.
@@ -73,9 +112,10 @@ def connected(address: str | None = None, check_versions: bool = True) -> Iterat
     else:
         context = _join(str(address), quiet)
     try:
+        connection = Connection(dashboard=context.dashboard_url or "", local=local)
         if check_versions and not local:
-            _check_versions()
-        yield Connection(dashboard=context.dashboard_url or "", local=local)
+            connection.check_versions()
+        yield connection
     finally:
         ray.shutdown()
 
@@ -106,42 +146,24 @@ def _on_loopback() -> Iterator[None]:
 
 def _join(address: str, quiet: dict[str, Any]) -> Any:
     _check_answers(address)
-    # A driver that `cluster submit` started has it from the job already.
-    env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else runtime_env()
     try:
-        return ray.init(address=address, runtime_env=env, **quiet)
+        return ray.init(address=address, runtime_env=driver_env(), **quiet)
     except ray.exceptions.AuthenticationError as error:
-        raise ConnectError(
-            f"the cluster at --address {address} asks for another token than this machine has; copy the head's "
-            "~/.ray/auth_token here, or set RAY_AUTH_TOKEN_PATH"
-        ) from error
+        raise token_refused(f"--address {address}") from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         if "ersion mismatch" in str(error):
             raise ConnectError(f"--address {address}: {error}; install the cluster's versions here") from error
         raise ConnectError(
-            f"no Ray cluster answers at --address {address}: {error}; where there is one, it asks for another token: "
-            "copy the head's ~/.ray/auth_token here. Start one with `ray start --head`, or leave --address out to use "
-            "this machine"
+            f"no Ray cluster answers at --address {address}: {error}; start one with `ray start --head`, or leave "
+            "--address out to use this machine; where there is one, copy its head's ~/.ray/auth_token here"
         ) from error
 
 
-def _check_versions() -> None:
-    here, found = nodes.versions(), nodes.living()
-    wrong = []
-    for node, there in zip(found, nodes.on_each(found, nodes.versions), strict=True):
-        if isinstance(there, Exception):
-            wrong.append(f"{node.name} cannot run this code ({there})")
-        elif different := nodes.differences(here, there):
-            wrong.append(f"{node.name} has {different}")
-    if wrong:
-        raise ConnectError(
-            f"every node must have the versions of this machine, but {'; '.join(wrong)}; "
-            "install the same everywhere, then look with: ddpm-search cluster doctor"
-        )
-
-
 def _check_answers(address: str) -> None:
-    """Raises ConnectError at once where nothing listens: Ray itself tries for more than a minute."""
+    """Shows the token where one is asked for. Raises ConnectError where another is, or where nothing listens.
+
+    At once: Ray itself tries for more than a minute, and does not say that it was a token.
+    """
     host, _, port = address.rpartition(":")
     if "://" in address or not port.isdigit():  # auto, or a Ray client's address
         return
@@ -152,3 +174,34 @@ def _check_answers(address: str) -> None:
             f"nothing answers at --address {address} ({error}); start a cluster with `ray start --head`, "
             "or leave --address out to use this machine"
         ) from error
+    if not _is_let_in(address) and not (show_token() and _is_let_in(address)):
+        raise token_refused(f"--address {address}")
+
+
+def _is_let_in(address: str) -> bool:
+    """By Ray's own first question to a cluster."""
+    with init_grpc_channel(address) as channel:
+        try:
+            NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=10)
+        except ray.exceptions.AuthenticationError:  # RAY_AUTH_MODE=token, and no token
+            return False
+        except grpc.RpcError as error:
+            # Ray's C++ servers have put it into the details of another code. Of anything else Ray itself speaks.
+            return "authenticat" not in f"{error.code()} {error.details()}".lower()
+    return True
+
+
+def show_token() -> bool:
+    """From here on as with RAY_AUTH_MODE=token; False where that is set, or to another value, or there is no token.
+
+    To be called where one is asked for: a cluster without tokens cannot call back a driver that wants one.
+    """
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it would tell of every cluster that it asks
+    return "RAY_AUTH_MODE" not in os.environ and maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def token_refused(where: str) -> ConnectError:
+    return ConnectError(
+        f"the cluster at {where} asks for another token than this machine has; copy the head's ~/.ray/auth_token here, "
+        "or set RAY_AUTH_TOKEN_PATH or RAY_AUTH_TOKEN"
+    )

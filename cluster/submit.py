@@ -7,16 +7,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster.connect import ConnectError, runtime_env
+from cluster.connect import ConnectError, runtime_env, show_token, token_refused
 
 
 def client(dashboard: str) -> JobSubmissionClient:
-    """dashboard: such as http://127.0.0.1:8265. Raises ConnectError where no cluster answers there."""
+    """dashboard: such as http://127.0.0.1:8265. Raises ConnectError where no cluster answers, or asks for a token."""
     try:
-        return JobSubmissionClient(dashboard)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        try:
+            return JobSubmissionClient(dashboard)
+        except AuthenticationError:
+            if not show_token():
+                raise
+            return JobSubmissionClient(dashboard)
+    except AuthenticationError as error:
+        raise token_refused(f"--dashboard {dashboard}") from error
+    except (OSError, RuntimeError, ValueError) as error:
         raise ConnectError(
             f"no Ray dashboard answers at --dashboard {dashboard}: {error}; reach the head's with "
             "ssh -L 8265:127.0.0.1:8265 HEAD, or kubectl port-forward service/NAME-head-svc 8265"
@@ -24,9 +33,11 @@ def client(dashboard: str) -> JobSubmissionClient:
 
 
 def submit(jobs: JobSubmissionClient, command: Sequence[str], folder: Path, name: str) -> str:
-    """Starts `python -m search.cli COMMAND` beside the files of `folder`, with this machine's code; the job's id."""
+    """Starts `python3 -m search.cli COMMAND` beside the files of `folder`, with this machine's code; the job's id."""
     env = runtime_env() | {"working_dir": str(folder)}
-    entrypoint = shlex.join(("python", "-m", "search.cli", *command))
+    # The first on the PATH that the head's Ray was started with; Ray's images, Conda and virtual environments have it,
+    # and a system without `python` may, too.
+    entrypoint = shlex.join(("python3", "-m", "search.cli", *command))
     job: str = jobs.submit_job(
         entrypoint=entrypoint, runtime_env=env, submission_id=f"{name}-{secrets.token_hex(3)}", metadata={"run": name}
     )
@@ -43,11 +54,20 @@ def state(jobs: JobSubmissionClient, job: str) -> dict[str, Any]:
 
 
 def follow(jobs: JobSubmissionClient, job: str, write: Callable[[str], Any]) -> bool:
-    """Hands on the job's log as it is written, to its end; whether the job succeeded."""
+    """Hands on the job's log as it is written, to its end; whether the job succeeded.
+
+    Raises ConnectionError where the dashboard answers no longer, which ends no job.
+    """
 
     async def tail() -> None:
         async for text in jobs.tail_job_logs(job):
             write(text)
 
-    asyncio.run(tail())
-    return bool(jobs.get_job_status(job) == JobStatus.SUCCEEDED)
+    try:
+        asyncio.run(tail())
+        status = jobs.get_job_status(job)
+    except (aiohttp.ClientError, OSError, RuntimeError) as error:
+        raise ConnectionError(f"the dashboard answers no longer: {error}") from error
+    if not status.is_terminal():
+        raise ConnectionError("the dashboard ended the log")
+    return bool(status == JobStatus.SUCCEEDED)

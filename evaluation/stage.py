@@ -116,14 +116,18 @@ def draw(
     workers: int,
     use_gpu: bool,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    memory: float = 0,
 ) -> dict[str, str]:
     """Draws and scores what is missing of every candidate's images. progress is told (images done, images in all).
+
+    workers: at least 1, which waits where there is no room for it. memory: bytes that each reserves of its node.
 
     A worker that is lost costs the shards in flight: Ray starts it again, up to three times, then this does, three in
     all. One that has nothing to do gives its place back, for one that is started again may have lost its own.
     Returns trial → reason, of trials whose images are not finite or whose checkpoint is damaged. Raises ray's own
     error where workers die, or are killed for their memory, again and again.
     """
+    assert workers >= 1
     reasons: dict[str, str] = {}
     shards: list[Shard] = []
     for candidate in candidates:
@@ -140,7 +144,7 @@ def draw(
     extractor = ray.put(reference.extractor.to("cpu"))
 
     def worker() -> Any:
-        options = ShardActor.options(num_cpus=1, num_gpus=int(use_gpu))
+        options = ShardActor.options(num_cpus=1, num_gpus=int(use_gpu), memory=memory or None)
         actors.append(options.remote(run, config, "cuda" if use_gpu else "cpu"))
         return actors[-1]
 

@@ -100,11 +100,13 @@ def resume(path: RunPath, address: Address = "local") -> None:
 
 def _go(settings: Any, place: Any, splits: Any, address: str) -> None:
     from search import pipeline
+    from search.interrupt import resume_command
 
     try:
         pipeline.go(settings, place, splits, address, console)
     except KeyboardInterrupt:
-        print(f"\nInterrupted; what was finished is kept. Go on with: ddpm-search resume {place.uri}", file=sys.stderr)
+        again = resume_command(place.uri, address)
+        print(f"\nInterrupted; what was finished is kept. Go on with: {again}", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -1,6 +1,7 @@
 """`ddpm-search cluster …`: heavy imports wait until a verb needs them."""
 
 import json
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+    from cluster.capacity import Capacity
     from cluster.doctor import Finding
     from search.config import SearchConfig
 
@@ -36,11 +38,19 @@ def capacity_(
     from cluster import capacity, connect
 
     with connect.connected(address):
-        cluster = capacity.read()
-        what = "GPU" if cluster.use_gpu else "CPU"
-        for index, slots in enumerate(cluster.slots()):
-            console.print(f"node {index}: {slots} workers, one {what} each")
-        console.print(f"{cluster.trials_at_once(workers)} trials of {workers} workers at once")
+        console.print(*placement_lines(capacity.read(), workers), sep="\n")
+
+
+def placement_lines(cluster: "Capacity", workers: int) -> list[str]:
+    """Of each node and of all. Raises UserError where not one trial fits."""
+    from search.config import UserError
+
+    try:
+        at_once = cluster.place(workers).at_once
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    nodes = [f"node {index}: {slots} workers, one {cluster.what} each" for index, slots in enumerate(cluster.slots())]
+    return [*nodes, f"{at_once} trials of {workers} workers at once"]
 
 
 @app.command("doctor")
@@ -158,12 +168,11 @@ def submit_(
             Path(scratch, "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
             command = ["run", "config.yaml", "--name", called, "--storage", place, "--address", "auto"]
         job = submit.submit(jobs, command, Path(scratch), called)
-    again = f"--dashboard {dashboard}"
     console.print(f"Job:    {job}")
-    console.print(f"Status: ddpm-search cluster status {job} {again}")
-    console.print(f"Log:    ddpm-search cluster logs {job} {again}")
+    console.print(f"Status: {_again('status', job, dashboard)}")
+    console.print(f"Log:    {_again('logs', job, dashboard)}")
     if not detach:
-        _follow(jobs, job)
+        _follow(jobs, job, dashboard)
 
 
 @app.command("status")
@@ -186,19 +195,26 @@ def logs_(job: Annotated[str, typer.Argument(metavar="JOB")], dashboard: Dashboa
 
     jobs = submit.client(dashboard)
     submit.state(jobs, job)
-    _follow(jobs, job)
+    _follow(jobs, job, dashboard)
 
 
-def _follow(jobs: "JobSubmissionClient", job: str) -> None:
-    from cluster import submit
+def _again(verb: str, job: str, dashboard: str) -> str:
+    return shlex.join(("ddpm-search", "cluster", verb, job, "--dashboard", dashboard))
+
+
+def _follow(jobs: "JobSubmissionClient", job: str, dashboard: str) -> None:
+    from cluster import connect, submit
 
     def write(text: str) -> None:
         print(text, end="", flush=True)
 
+    goes_on = f"the job goes on; see it again with: {_again('logs', job, dashboard)}"
     try:
         succeeded = submit.follow(jobs, job, write)
     except KeyboardInterrupt:
-        print(f"\nThe job goes on; see it again with: ddpm-search cluster logs {job}", file=sys.stderr)
+        print(f"\n{goes_on[0].upper()}{goes_on[1:]}", file=sys.stderr)
         raise
+    except ConnectionError as error:
+        raise connect.ConnectError(f"{error}; {goes_on}") from error
     if not succeeded:
         raise SystemExit(1)

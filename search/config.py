@@ -125,6 +125,11 @@ class SearchConfig(Config):
         """Trials that share a GPU; one where that is to be measured yet."""
         return 1 if self.trials_per_gpu == "auto" else self.trials_per_gpu
 
+    @property
+    def room(self) -> tuple[int, int, int | None]:
+        """What a trial asks of a cluster, as `Capacity.place` takes it."""
+        return self.train.workers, self.per_gpu, self.train.min_workers
+
     def training(self, settings: Mapping[str, Any]) -> TrainConfig:
         """The base training with settings such as {batch_size: 32, model.channels: […]}; a group is laid over its own.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from search.config import SearchConfig, UserError
+from search.interrupt import resume_command
 from search.records import ENDED, Row
 from trainer import checkpoint, model
 from trainer.storage import Storage
@@ -87,5 +88,5 @@ def full_disk_said(run: Storage) -> Iterator[None]:
             raise
         raise UserError(
             f"no room is left at {run.uri} ({cause}); what is finished is kept: "
-            f"free some, then: ddpm-search resume {run.uri}"
+            f"free some, then: {resume_command(run.uri)}"
         ) from error

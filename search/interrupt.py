@@ -1,10 +1,17 @@
 """Ctrl-C and SIGTERM: the first says at once that the work is ending, the second ends it there and then."""
 
 import contextlib
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
 from types import FrameType
+
+
+def resume_command(uri: str, address: str | None = None) -> str:
+    """The command for a shell that goes on with a run where it was cut, on the same cluster."""
+    cluster = () if address in (None, "local") else ("--address", str(address))
+    return shlex.join(("ddpm-search", "resume", uri, *cluster))
 
 
 class Interrupt:

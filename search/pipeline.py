@@ -17,7 +17,7 @@ from evaluation.reference import Reference
 from evaluation.rung import RungScorer
 from search import budget, confirm, disk, lease, plan, tuner, watch
 from search.config import SearchConfig, UserError
-from search.interrupt import Interrupt
+from search.interrupt import Interrupt, resume_command
 from search.outcome import REPORT, finish, versions
 from search.prepare import choose_metric, judge_of
 from search.records import CONFIG, RANKING, Records, Row
@@ -30,7 +30,7 @@ def begin(config: SearchConfig, run: Storage) -> None:
     """Writes config.yaml into a new run. Raises UserError where the place cannot be written or is taken."""
     if run.exists(CONFIG):
         raise UserError(
-            f"{run.uri} holds another run; go on with it (ddpm-search resume {run.uri}) or give this one another --name"
+            f"{run.uri} holds another run; go on with it ({resume_command(run.uri)}) or give this one another --name"
         )
     try:
         if run.names():
@@ -58,8 +58,8 @@ def dry_run(
     config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console
 ) -> dict[str, Any]:
     """What a run would do and cost, measured in a few steps where a trial would run. Writes nothing into `run`."""
-    with connect.connected(address):
-        cluster = capacity.read()
+    with connect.connected(address) as ray:
+        cluster = _with_room(config.room, ray, console)
         config, judge, scorer, placement = _prepare(config, splits, cluster, console, None)
         with console.status("timing a few steps"):
             measured = plan.measure_on_cluster(config, scorer, cluster.use_gpu)
@@ -80,6 +80,20 @@ def dry_run(
     }
 
 
+def _with_room(room: tuple[int, int, int | None], ray: connect.Connection, console: Console) -> capacity.Capacity:
+    """The cluster, whose nodes may have come since the last look, or may still be starting.
+
+    Raises UserError where not one trial fits, and ConnectError where a node has other versions.
+    """
+    try:
+        cluster = capacity.with_room(room, console.print, 0 if ray.local else capacity.NODES_SECONDS)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if not ray.local:
+        ray.check_versions()
+    return cluster
+
+
 def _prepare(
     config: SearchConfig, splits: Splits, cluster: capacity.Capacity, console: Console, run: Storage | None
 ) -> tuple[SearchConfig, Reference | None, RungScorer, Placement]:
@@ -87,8 +101,8 @@ def _prepare(
 
     The configuration comes back with a number for trials_per_gpu: auto.
     """
+    placement = cluster.place(*config.room)
     try:
-        placement = cluster.place(config.train.workers, config.per_gpu)
         judge = judge_of(config, splits, console, run)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -98,8 +112,8 @@ def _prepare(
     if config.trials_per_gpu == "auto" and cluster.use_gpu and config.train.workers == 1:
         with console.status("measuring a trial's memory"):
             one = plan.measure_on_cluster(config, scorer, use_gpu=True)
-        count = capacity.trials_per_gpu(one.gpu_bytes, one.gpu_total_bytes)
-        console.print(f"Trials per GPU: {count} ({disk.size(one.gpu_bytes)} each of {disk.size(one.gpu_total_bytes)})")
+        count = capacity.trials_per_gpu(one.gpu_bytes, one.gpu_room_bytes)
+        console.print(f"Trials per GPU: {count} ({disk.size(one.gpu_bytes)} each of {disk.size(one.gpu_room_bytes)})")
         config = config.model_copy(update={"trials_per_gpu": count})
         placement = cluster.place(1, count)
     return config, judge, scorer, placement
@@ -118,9 +132,10 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         if ray.dashboard:
             console.print(f"Ray dashboard:  http://{ray.dashboard}")
         console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.at('tensorboard').uri)}")
+        cluster = _with_room(config.room, ray, console)
         if not ray.local:
             _check_shared(run)
-        config, judge, scorer, placement = _prepare(config, splits, capacity.read(), console, run)
+        config, judge, scorer, placement = _prepare(config, splits, cluster, console, run)
         left = tuner.trials_left(config, records)
         if left:
             at_once = placement.at_once
@@ -138,7 +153,7 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         if judge is None:
             console.print("No final stage: the data has no labels, and final.inception_weights is not given.")
         else:
-            evaluate(config, run, records, judge, scorer, console, interrupt)
+            evaluate(config, run, records, judge, scorer, ray, console, interrupt)
     finish(config, run, records, splits, console)
     if judge is not None:
         _check_ranked(run)
@@ -167,6 +182,7 @@ def evaluate(
     records: Records,
     judge: Reference,
     scorer: RungScorer,
+    ray: connect.Connection,
     console: Console,
     interrupt: Interrupt,
 ) -> None:
@@ -178,16 +194,16 @@ def evaluate(
     def ranking() -> dict[str, Any]:
         drawn = [candidate for candidate in candidates if candidate.trial not in notes]
         what = f"Drawing {config.final.images:,} images of each of {len(drawn)} trials"
-        cluster = capacity.read()  # nodes may have come and gone since the search began
+        cluster = _with_room((1, 1, None), ray, console)  # nodes may have come and gone since the search began
         with watch.progress_bar(console, what) as progress:
-            slots = sum(cluster.slots())
-            notes.update(stage.draw(run, drawn, config.final, judge, slots, cluster.use_gpu, progress))
+            slots, memory = sum(cluster.slots()), cluster.memory()
+            notes.update(stage.draw(run, drawn, config.final, judge, slots, cluster.use_gpu, progress, memory))
         return stage.ranking(run, candidates, config.final, judge, notes)
 
     result = ranking()
     best = [row["trial"] for row in result["trials"] if row["rank"]][: config.final.confirm.top]
     if best:
-        placement = capacity.read().place(config.train.workers, config.per_gpu)
+        placement = _with_room(config.room, ray, console).place(*config.room)
         chosen = [records[trial] for trial in best]
         repeats, failed = confirm.train_again(config, run, records, chosen, scorer, placement, console, interrupt)
         candidates += repeats
@@ -224,14 +240,15 @@ def evaluate_again(
         connect.connected(address) as ray,
         Interrupt().handled() as interrupt,
     ):
+        cluster = _with_room(config.room, ray, console)
         if not ray.local:
             _check_shared(run)
         records = Records.load(run)
         asked = config.model_copy(update={"final": final})
-        asked, judge, scorer, _ = _prepare(asked, splits, capacity.read(), console, run)
+        asked, judge, scorer, _ = _prepare(asked, splits, cluster, console, run)
         if judge is None:
             raise UserError("nothing can judge these images: the data has no labels, so give final.inception_weights")
-        evaluate(asked, run, records, judge, scorer, console, interrupt)
+        evaluate(asked, run, records, judge, scorer, ray, console, interrupt)
     finish(config, run, records, splits, console)
     _check_ranked(run)
 

@@ -27,6 +27,7 @@ from trainer.storage import Storage
 
 STEPS_SECONDS = 3.0  # how long training steps are timed
 PASSED_BY_MEDIAN = 0.5
+CONTEXT_BYTES = 600 * 2**20  # of a GPU, for CUDA itself in a process, before it holds anything: generous
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,13 @@ class Measured:
     image_seconds: float  # of the final stage: drawing and judging one image
     image_bytes: int  # what the final stage keeps of one image
     gpu_bytes: int = 0  # a GPU's memory that one training with its rungs takes, context and all; 0 on CPUs
-    gpu_total_bytes: int = 0
+    gpu_room_bytes: int = 0  # what others left of it
 
 
 def measure(config: SearchConfig, scorer: RungScorer, asked_at: float) -> Measured:
     """Trains and samples a few steps in this process. asked_at: time.time() when it was asked for."""
     training, device = config.train, local.default_device()
+    before, _ = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
     share = max(1, training.batch_size // training.workers)
     images = data.load(training.data).train
     advance = loop.TrainStep(training.model_copy(update={"batch_size": share}), images, loop.Worker(device))
@@ -80,7 +82,10 @@ def measure(config: SearchConfig, scorer: RungScorer, asked_at: float) -> Measur
             kept = (judged.features.nbytes + judged.probabilities.nbytes) // len(drawn)
 
     rung_seconds = _of_steps(rung, scorer.sampler.steps, device)
-    free, total = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
+    gpu = (0, 0)
+    if device.type == "cuda":
+        after, total = torch.cuda.mem_get_info(device)
+        gpu = gpu_memory(total, before, after, torch.cuda.max_memory_reserved(device))
     block_seconds = _of_steps(block, config.final.sampler.steps, device)
     return Measured(
         start_seconds,
@@ -89,9 +94,17 @@ def measure(config: SearchConfig, scorer: RungScorer, asked_at: float) -> Measur
         checkpoint_bytes,
         block_seconds / config.final.sampler.block_size,
         kept,
-        total - free,
-        total,
+        *gpu,
     )
+
+
+def gpu_memory(total: int, before: int, after: int, reserved: int) -> tuple[int, int]:
+    """Bytes of a GPU that this process takes, and what there is for it and its like.
+
+    before, after: what was free when it had its context and nothing else, and at last; what others had, they keep.
+    reserved: PyTorch's most, which counts where another process ended meanwhile.
+    """
+    return CONTEXT_BYTES + max(before - after, reserved), min(total, before + CONTEXT_BYTES)
 
 
 def measure_on_cluster(config: SearchConfig, scorer: RungScorer, use_gpu: bool) -> Measured:

@@ -25,7 +25,7 @@ from search.config import SearchConfig
 from search.disk import keep_what_is_asked_for
 from search.early_stopping import RungScheduler
 from search.gauges import Gauges
-from search.interrupt import Interrupt
+from search.interrupt import Interrupt, resume_command
 from search.records import ENDED, Live, Records, Row
 from search.searcher import HonestOptunaSearch
 from search.watch import SearchView
@@ -153,14 +153,14 @@ def _tune(
     if not trials_left(config, records):
         return f"all {config.trials} trials are done"
     if searcher.ended is None:
-        raise RuntimeError(f"Ray Tune ended before the search in {run.uri}; ddpm-search resume goes on with it")
+        raise RuntimeError(f"Ray Tune ended before the search in {run.uri}; {resume_command(run.uri)} goes on with it")
     return searcher.ended
 
 
 def _make_room(limiter: ConcurrencyLimiter, config: SearchConfig) -> None:
     """Nodes come and go: so many trials are begun as fit by now; those that lost theirs wait for Ray Train."""
     with contextlib.suppress(ValueError):  # none fits: no other is begun in place of those that wait
-        limiter.max_concurrent = capacity.read().place(config.train.workers, config.per_gpu).at_once
+        limiter.max_concurrent = capacity.read().place(*config.room).at_once
 
 
 def _fresh_journal(run: Storage) -> Path:

@@ -5,11 +5,15 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
+from ray.runtime_env.runtime_env import _merge_runtime_env
 
-from cluster import connect
+from cluster import connect, nodes
+from cluster.nodes import Node
 
 LOCAL = """
 import json, os, psutil
@@ -20,6 +24,32 @@ with connect.connected():
     own = [psutil.Process(), *psutil.Process().children(recursive=True)]
     listening = [c.laddr.ip for p in own for c in p.net_connections("tcp") if c.status == "LISTEN"]
     print(json.dumps([sorted(set(listening)), os.environ["RAY_AUTH_MODE"], os.environ["RAY_USAGE_STATS_ENABLED"]]))
+"""
+# Ray's own guard of a gRPC server, before the question that a driver asks first. It ends with its standard input.
+HEAD = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+import grpc
+from ray._private.authentication.grpc_authentication_server_interceptor import SyncAuthenticationServerInterceptor
+from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+class Nodes(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):
+    def GetClusterId(self, request, context):
+        return gcs_service_pb2.GetClusterIdReply()
+server = grpc.server(ThreadPoolExecutor(2), interceptors=[SyncAuthenticationServerInterceptor()])
+gcs_service_pb2_grpc.add_NodeInfoGcsServiceServicer_to_server(Nodes(), server)
+port = server.add_insecure_port("127.0.0.1:0")
+server.start()
+print(port, flush=True)
+sys.stdin.read()
+"""
+KNOCK = """
+import os, sys
+from cluster import connect
+try:
+    connect._check_answers(sys.argv[1])
+    print(os.environ.get("RAY_AUTH_MODE"))
+except connect.ConnectError as error:
+    print(error)
 """
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
@@ -36,6 +66,79 @@ def test_what_nodes_are_sent_is_the_code_and_little_more():
 def test_an_address_where_nothing_answers_is_refused_at_once(address):
     with pytest.raises(connect.ConnectError, match="leave --address out"), connect.connected(address):
         pass
+
+
+def guarded(home: Path, **environment: str) -> dict[str, str]:
+    """This process's environment, without its token and with another home."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    return {**kept, "HOME": str(home), **environment}
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """Addresses of a head that asks for the token `right`, and of one that asks for none."""
+    home = tmp_path_factory.mktemp("head")
+    asked = {"open": guarded(home), "guarded": guarded(home, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="right")}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    running = {n: subprocess.Popen((sys.executable, "-c", HEAD), env=env, **pipes) for n, env in asked.items()}
+    yield {name: f"127.0.0.1:{process.stdout.readline().strip()}" for name, process in running.items()}
+    for process in running.values():
+        process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("head", "token", "mode", "said"),
+    [
+        ("guarded", "right", {}, "token"),
+        ("guarded", "wrong", {}, "asks for another token than this machine has; copy the head's"),
+        ("guarded", None, {"RAY_AUTH_MODE": "token"}, "asks for another token than this machine has; copy the head's"),
+        ("open", "right", {}, "None"),
+    ],
+)
+def test_a_token_is_shown_where_it_is_asked_for_and_nowhere_else(heads, tmp_path, head, token, mode, said):
+    if token:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "auth_token").write_text(token)
+    knock = (sys.executable, "-c", KNOCK, heads[head])
+    done = subprocess.run(knock, env=guarded(tmp_path, **mode), capture_output=True, text=True, timeout=60, check=True)
+    assert said in done.stdout
+    assert "Token authentication" not in done.stderr
+
+
+@pytest.mark.parametrize("given", [{}, {"RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "7", "OTHER": "x"}, connect.ENVIRONMENT])
+def test_a_job_that_others_started_has_the_environment_of_a_search(monkeypatch, given):
+    """Ray's own merging is the oracle: it gives None where one thing is given twice."""
+    job = {"working_dir": "gcs://code.zip", "env_vars": given} if given else {}
+    monkeypatch.setenv(RAY_JOB_CONFIG_JSON_ENV_VAR, json.dumps({"runtime_env": job, "metadata": {}}))
+    merged = _merge_runtime_env(job, connect.driver_env())
+    assert merged is not None
+    assert merged["env_vars"] == {**connect.ENVIRONMENT, **given}
+    assert merged.get("working_dir") == job.get("working_dir")
+
+
+def test_nodes_that_join_later_are_compared_too_and_each_once(monkeypatch):
+    here, asked = nodes.versions(), []
+    torch = {"joins-last": "2.9.0"}
+
+    def on_each(found, function):
+        asked.extend(node.id for node in found)
+        lost = TimeoutError("no answer")
+        return [lost if n.id == "lost" else here | ({"torch": torch[n.id]} if n.id in torch else {}) for n in found]
+
+    monkeypatch.setattr(nodes, "on_each", on_each)
+    connection = connect.Connection("", local=False)
+    for living in (["head"], ["head", "joins"], ["joins", "lost"]):
+        monkeypatch.setattr(nodes, "living", lambda living=living: [Node(name, name, 0) for name in living])
+        connection.check_versions()
+    assert asked == ["head", "joins", "lost"]
+    monkeypatch.setattr(nodes, "living", lambda: [Node(name, name, 0) for name in ("joins", "joins-last")])
+    for _ in range(2):  # it stays refused
+        with pytest.raises(connect.ConnectError, match=r"but joins-last has torch 2\.9\.0 instead of"):
+            connection.check_versions()
+    assert asked[3:] == ["joins-last"] * 2
+    monkeypatch.setattr(nodes, "living", lambda: [Node("lost", "lost", 0)])
+    with pytest.raises(connect.ConnectError, match="lost cannot run this code"):
+        connect.Connection("", local=False).check_versions()
 
 
 def test_an_existing_token_is_taken_from_others_and_kept(tmp_path, monkeypatch):

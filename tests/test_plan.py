@@ -22,6 +22,7 @@ SMALL = [
     "train.batch_size=16",
     "final.sampler={steps: 6, block_size: 8}",
 ]
+GIB = 2**30
 HOUR = Measured(0.0, step_seconds=3.6, rung_seconds=0.0, checkpoint_bytes=1000, image_seconds=0.36, image_bytes=10)
 
 
@@ -89,6 +90,15 @@ def test_the_disk_has_room_for_the_largest_choice():
 def test_the_disk_holds_one_checkpoint_of_each_ended_trial_and_more_of_running_ones():
     assert forecast("final.top=2")["disk_bytes"] == 1000 * (8 + 4) + 2 * 1000 * 10
     assert disk.disk_bytes(load("digits", ["trials=2", "train.epochs=1"]), 1000, at_once=8) == 2 * 4 * 1000
+
+
+@pytest.mark.parametrize("others", [0, 30 * GIB])
+@pytest.mark.parametrize("ended_meanwhile", [0, 20 * GIB])
+def test_memory_of_a_gpu_that_others_hold_is_neither_the_trials_nor_for_trials(others, ended_meanwhile):
+    total, own, context = 80 * GIB, 7 * GIB, plan.CONTEXT_BYTES
+    before = total - others - context
+    after = before - own + min(others, ended_meanwhile)
+    assert plan.gpu_memory(total, before, after, reserved=own) == (own + context, total - others)
 
 
 @pytest.mark.slow

@@ -1,9 +1,14 @@
 """A search as a Ray job on a real cluster's dashboard."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from ray_nodes import RayNodes, free_port
@@ -31,6 +36,34 @@ SMALL = (
     "final.sampler.steps=5",
     "final.sampler.block_size=20",
 )
+# Ray's own guard of its dashboard, before a job whose log breaks off (the tunnel is cut) or ends (the dashboard does).
+DASHBOARD = """
+import asyncio, sys
+import aiohttp, ray
+from aiohttp import web
+from ray._private.authentication.http_token_authentication import get_token_auth_middleware
+async def version(request):
+    return web.json_response({"version": "4", "ray_version": ray.__version__, "ray_commit": "", "session_name": ""})
+async def job(request):
+    return web.json_response({"type": "SUBMISSION", "status": "RUNNING", "entrypoint": "true", "message": "at work"})
+async def tail(request):
+    log = web.WebSocketResponse()
+    await log.prepare(request)
+    await log.send_str("epoch 1\\n")
+    request.transport.close() if request.match_info["job"] == "cut" else await log.close()
+    return log
+async def main():
+    app = web.Application(middlewares=[get_token_auth_middleware(aiohttp)])
+    app.router.add_get("/api/version", version)
+    app.router.add_get("/api/jobs/{job}", job)
+    app.router.add_get("/api/jobs/{job}/logs/tail", tail)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    print(runner.addresses[0][1], flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+asyncio.run(main())
+"""
 SET = [part for value in SMALL for part in ("--set", value)]
 
 
@@ -58,6 +91,44 @@ def test_a_dashboard_that_does_not_answer_is_named():
             ["cluster", "submit", "digits", "--storage", "/tmp/x", "--dashboard", f"http://127.0.0.1:{free_port()}"],
             standalone_mode=False,
         )
+
+
+def with_token(home: Path, **environment: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    return {**kept, "HOME": str(home), **environment}
+
+
+@pytest.fixture(scope="module")
+def dashboard(tmp_path_factory) -> Iterator[str]:
+    environment = with_token(tmp_path_factory.mktemp("head"), RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="right")
+    command, pipes = (sys.executable, "-c", DASHBOARD), {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        process.stdin.close()
+
+
+def ask(home: Path, token: str | None, *command: str) -> subprocess.CompletedProcess[str]:
+    if token:
+        (home / ".ray").mkdir()
+        (home / ".ray" / "auth_token").write_text(token)
+    whole = (sys.executable, "-m", "search.cli", "cluster", *command)
+    return subprocess.run(whole, env=with_token(home), capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_dashboard_that_asks_for_a_token_says_what_to_do(dashboard, tmp_path):
+    done = ask(tmp_path, None, "submit", "digits", "--storage", "/runs", "--dashboard", dashboard)
+    assert done.returncode == 2, done.stderr
+    assert "asks for another token than this machine has; copy the head's" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("job", ["cut", "ended"])
+def test_a_log_is_read_with_the_token_that_lies_here_and_its_breaking_off_ends_no_job(dashboard, tmp_path, job):
+    done = ask(tmp_path, "right", "logs", job, "--dashboard", dashboard)
+    assert done.stdout == "epoch 1\n"
+    assert done.returncode == 2
+    assert f"the job goes on; see it again with: ddpm-search cluster logs {job} --dashboard {dashboard}" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def wait_for_metrics(address: str, *wanted: str) -> None:
