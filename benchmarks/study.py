@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import RESULTS, filled, provenance, write
-from evaluation import export, pictures
+from evaluation import export, pictures, report_words
 from evaluation.events import Events, read
 from evaluation.plots import Curve, Panel
 from evaluation.sampling import sample_images
 from search import confirm, space
 from search.records import Row, open_run
-from search.watch import schedule_label
 from trainer import checkpoint
 from trainer.storage import Storage
 
@@ -33,7 +32,7 @@ REPORTED = {"linear(0.0001, 0.02)": 5.597, "cosine(0, 1, tau 1), no EMA": 7.854,
 
 
 def label(row: dict[str, Any]) -> str:
-    return schedule_label(row) + (", no EMA" if row["settings"].get("ema_decays") == [0] else "")
+    return report_words.label(row) + (", no EMA" if row["settings"].get("ema_decays") == [0] else "")
 
 
 def figures(run: Storage) -> dict[str, Any]:

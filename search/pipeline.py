@@ -130,7 +130,8 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
             console.print(f"Searching: {left} trials of {config.train.epochs} epochs, {at_once} at once\n")
             ended = tuner.search(config, run, records, scorer, placement, allowed, interrupt, console)
             console.print(f"The search ended: {ended}.")
-            table = watch.trials_table(records, scorer.metric, config.train.epochs)
+            space = config.train.schedule.space
+            table = watch.trials_table(records, scorer.metric, config.train.epochs, space=space)
             console.print(table, *watch.reasons(records), "", sep="\n")
         else:
             tuner.tidy(run, records)
