@@ -58,6 +58,13 @@ def prepare(
     extractor = _extractor(splits, config, cache, key, device, progress, run)
     if extractor is None:
         return None
+    for what, images in (("to train on", splits.train), ("held out", splits.held_out)):
+        if len(images) < 2:
+            raise ValueError(
+                f"at least 2 images {what} are needed to judge others by, but train.data.train_fraction="
+                f"{splits.config.train_fraction} leaves {len(images)} of {len(splits.train) + len(splits.held_out)}; "
+                "change it, or give more images"
+            )
     progress(f"{extractor.name}: reading the real images")
     train, held_out = splits.train.pixels, splits.held_out.pixels
     shown = splits.held_out.drawn(max(REAL_IMAGES, config.images))
@@ -127,8 +134,8 @@ def _extractor(
 ) -> Classifier | Inception | None:
     labelled = splits.train.labels is not None
     weights = Path(config.inception_weights).expanduser() if config.inception_weights else None
-    at_hand = weights is not None or inception_path().is_file()
-    if config.extractor == "inception" or (config.extractor == "auto" and not labelled and at_hand):
+    wanted = weights is not None or (not labelled and inception_path().is_file())
+    if config.extractor == "inception" or (config.extractor == "auto" and wanted):
         return Inception(weights, device=device)
     if not labelled:
         if config.extractor == "classifier":
