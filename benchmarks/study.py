@@ -82,12 +82,13 @@ def searched(run: Storage, rows: list[dict[str, Any]]) -> dict[str, Any]:
         raise SystemExit(f"{run.uri} has confirmed nothing; give final.confirm.top")
     names = ("trial", "family", "start", "end", "tau", "learning_rate", "dropout", "score", "frechet", "by_seed")
     best = {name: found[0][name] for name in names} | {"label": label(found[0])}
-    # The spread between seeds of a search's best and of a study's row are independent: variances add.
+    # Both drew their images from the same noise, and earlier versions trained from the same seeds: whatever the
+    # covariance, the standard deviation of a difference is at most the sum of the two.
     differences = {}
     for name, value, sign in (("score", "mean", 1), ("frechet", "value", -1)):
         rival = max((row for row in rows if row["plain"] and row["confirmed"]), key=lambda row: sign * row[name][value])
         by = best[name][value] - rival[name][value]
-        half = np.hypot(np.diff(best[name]["ci"])[0], np.diff(rival[name]["ci"])[0]) / 2
+        half = sum(np.diff(row[name]["ci"])[0] for row in (best, rival)) / 2
         differences[name] = {"rival": rival["label"], "by": by, "ci": [by - half, by + half]}
     return {
         "overrides": {"trials": config.trials, "budget": config.budget.model_dump()},
@@ -178,9 +179,10 @@ def draw(run: Storage) -> None:
     grids = []
     for name, row in trials:
         folder = Path(run.root) / "study" / row.trial
-        export.export_pipeline(checkpoint.load(run.at(str(row.checkpoint))), folder, f"# {name}\n", {})
-        denoiser, betas, shape = export.load_export(folder)
-        grids.append(sample_images(denoiser, betas, shape, config.final.sampler, 0, 24, "cpu"))
+        found, sampler = checkpoint.load(run.at(str(row.checkpoint))), config.final.sampler
+        export.export_pipeline(found, folder, sampler, f"# {name}\n", {})
+        denoiser, betas, shape, _ = export.load_export(folder)
+        grids.append(sample_images(denoiser, betas, shape, sampler, 0, 24, "cpu"))
         print(f"{len(grids)}. {name}")
     pictures.save_grid_png(IMAGES / f"{config.name}-samples.png", np.concatenate(grids), columns=24)
 
