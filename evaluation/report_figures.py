@@ -32,16 +32,22 @@ def name_curves(rows: Sequence[Row], ranked: Mapping[str, Row]) -> dict[str, int
 
 
 def final_grids(
-    rows: Sequence[Row], ranked: Mapping[str, Row], samples: Mapping[str, np.ndarray], real_samples: np.ndarray | None
+    rows: Sequence[Row],
+    ranked: Mapping[str, Row],
+    samples: Mapping[str, np.ndarray],
+    lost: Mapping[str, str],
+    real_samples: np.ndarray | None,
 ) -> str:
     """The first images of every ranked trial, as the final stage drew them, beside real ones."""
-    lost = [trial for trial, entry in ranked.items() if entry["rank"] is not None and trial not in samples]
+    why = "".join(f"<li>{escape(trial)}: {escape(reason)}</li>" for trial, reason in lost.items())
     gone = (
-        f"<p>Images of {escape(joined(lost))} are no longer at hand (deleted, damaged, or of an earlier version): "
-        "<code>ddpm-search evaluate</code> draws them again.</p>"
+        f"<p>Images of {escape(joined(list(lost)))} are no longer at hand: <code>ddpm-search evaluate</code> draws "
+        f"those of whole checkpoints again.</p><ul>{why}</ul>"
+        if lost
+        else ""
     )
     if not samples:
-        return gone if lost else "<p>The final stage has drawn no images yet.</p>"
+        return gone or "<p>The final stage has drawn no images yet.</p>"
     labels = {row["trial"]: label(row) for row in rows}
     real = [] if real_samples is None else [("<strong>Real</strong>, held out from training", real_samples)]
     figures = []
@@ -56,7 +62,7 @@ def final_grids(
         "The first images of each trial, not chosen; of one that was trained again, those of its best-scored training. "
         "The same place in two trials' grids started from the same noise."
     )
-    return f'<p class="quiet">{note}</p>{_grids(grids)}{gone if lost else ""}'
+    return f'<p class="quiet">{note}</p>{_grids(grids)}{gone}'
 
 
 def _which_training(entry: Mapping[str, Any]) -> str:

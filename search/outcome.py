@@ -1,6 +1,5 @@
 """What a run leaves: its ranking shown, the report, the export and samples of its winner; and each of them again."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import platform
@@ -111,13 +110,15 @@ def write_report(
     config: SearchConfig, run: Storage, records: Records, splits: Splits, ranked: dict[str, Any] | None
 ) -> None:
     """RUN/report/index.html, from whatever there is."""
-    samples = {}
+    samples, lost = {}, {}
     if ranked:
         for row in ranked["trials"]:
-            if row["rank"] is not None and row.get("checkpoint"):
-                candidate = stage.Candidate(row["best_seed"], row["checkpoint"])
-                with contextlib.suppress(FileNotFoundError):  # deleted since, to save space
+            if row["rank"] is not None:
+                candidate = stage.Candidate(row.get("best_seed") or row["trial"], row.get("checkpoint") or "")
+                try:
                     samples[row["trial"]] = stage.kept_images(run, candidate, ranked)
+                except FileNotFoundError as error:  # perhaps deleted, to save space
+                    lost[row["trial"]] = str(error).replace(f"{run.root}/", "")
     logged = {}
     for trial in run.names("tensorboard"):
         with tempfile.TemporaryDirectory() as scratch:
@@ -133,6 +134,7 @@ def write_report(
         confirming_seconds=sum(row.worker_seconds for _, row in confirmations(run)),
         ranking=ranked,
         samples=samples,
+        lost=lost,
         real_samples=splits.held_out.pixels[splits.held_out.drawn(SAMPLES)],
         events=logged,
         commands=_commands(config, run, ranked),

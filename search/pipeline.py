@@ -23,6 +23,7 @@ from search.prepare import choose_metric, judge_of
 from search.records import CONFIG, RANKING, Records, Row
 from trainer import data
 from trainer.data import Splits
+from trainer.failures import TooLittleMemoryError
 from trainer.storage import Storage
 
 
@@ -182,7 +183,10 @@ def evaluate(
         cluster = capacity.read()  # nodes may have come and gone since the search began
         with watch.progress_bar(console, what) as progress:
             slots = sum(cluster.slots())
-            notes.update(stage.draw(run, drawn, config.final, judge, slots, cluster.use_gpu, progress))
+            try:
+                notes.update(stage.draw(run, drawn, config.final, judge, slots, cluster.use_gpu, progress))
+            except TooLittleMemoryError as error:
+                raise UserError(str(error)) from error
         return stage.ranking(run, candidates, config.final, judge, notes)
 
     result = ranking()

@@ -157,6 +157,20 @@ def test_ranked_images_that_are_gone_are_said_to_be_gone(finished, how):
     assert "<code>ddpm-search evaluate</code>" in page
 
 
+def test_a_report_of_a_damaged_checkpoint_is_drawn_and_names_the_trial(finished):
+    _, run = finished
+    place = "train/t0000-cosine/checkpoint_000000001"
+    for content in (b"", b"{}", b"[1]", b"\xff"):
+        run.write(f"{place}/checkpoint.json", content)
+        with pytest.raises(FileNotFoundError, match=f"checkpoint {place} cannot be read"):
+            stage.kept_images(run, Candidate("t0000-cosine", place), run.read_json(RANKING))
+    outcome.report_again(run.uri, QUIET)
+    page = run.read(outcome.REPORT).decode()
+    assert "<li>t0000-cosine: checkpoint train/t0000-cosine/checkpoint_000000001 cannot be read: " in page
+    assert "no longer at hand" in page
+    assert run.root not in page.split("<h2")[3]  # the images' part
+
+
 @pytest.mark.slow
 def test_a_report_says_by_which_command_its_ranking_was_made(finished):
     config, run = finished
