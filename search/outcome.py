@@ -65,15 +65,21 @@ def export_trial(
     entry = next((e for e in entries if trial == e["trial"] or trial in (e.get("seeds") or ())), None)
     raw = (weights or (ranked or {}).get("weights", config.final.weights)) == "raw"
     text = card.model_card(config.name, dataclasses.asdict(row), found, ranked, entry, raw, torch_export)
-    provenance = {"run": config.name, "trial": trial, "checkpoint": row.checkpoint, "checkpoint_meta": found.meta}
+    provenance = {
+        "run": config.name,
+        "trial": trial,
+        "checkpoint": row.checkpoint,
+        "checkpoint_meta": card.published(found.meta),
+    }
     provenance["weights"] = "raw" if raw else "ema"
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(run.root) if run.is_local else Path(scratch)
         folder, picture = (out, out / "samples.png") if out else (home / "export", home / "samples.png")
-        export.export_pipeline(found, folder, text, provenance, raw, torch_export)
+        sampler = SamplerConfig.model_validate(ranked["sampler"]) if ranked else config.final.sampler
+        export.export_pipeline(found, folder, sampler, text, provenance, raw, torch_export)
         images = _ranked_images(run, ranked, trial, row.checkpoint, "raw" if raw else "ema")
         if images is None:
-            images = _drawn_here(folder, config.final.sampler, console)
+            images = _drawn_here(folder, sampler, console)
         pictures.save_grid_png(picture, images)
         if out is None and not run.is_local:
             for file in (*folder.rglob("*"), picture):
@@ -98,7 +104,7 @@ def _ranked_images(
 
 def _drawn_here(folder: Path, sampler: SamplerConfig, console: Console) -> np.ndarray:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    denoiser, betas, shape = export.load_export(folder)
+    denoiser, betas, shape, _ = export.load_export(folder)
     needed = sampler.model_copy(update={"block_size": min(sampler.block_size, SAMPLES)})
     with watch.progress_bar(console, f"Drawing {SAMPLES} images") as progress:
         return sample_images(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import DDPMScheduler
 from PIL import Image
 from rich.console import Console
 
@@ -108,8 +109,6 @@ def test_finishing_a_scored_run_samples_nothing(finished, monkeypatch):
 
 def test_an_export_of_a_trial_that_was_not_scored_is_sampled_in_a_block_no_larger_than_needed(finished, tmp_path):
     config, run = finished
-    wide = config.final.sampler.model_copy(update={"block_size": 1000})
-    config = config.model_copy(update={"final": config.final.model_copy(update={"sampler": wide})})
     asked: list[int] = []
     drawing = sampling.sample_block
 
@@ -118,6 +117,7 @@ def test_an_export_of_a_trial_that_was_not_scored_is_sampled_in_a_block_no_large
         return drawing(*args, **kwargs)
 
     ranked = run.read_json(RANKING)
+    ranked["sampler"]["block_size"] = 1000
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "sample_block", noted)
         for trial, weights in (("t0001-cosine", None), ("t0000-cosine", "raw")):
@@ -125,6 +125,16 @@ def test_an_export_of_a_trial_that_was_not_scored_is_sampled_in_a_block_no_large
             outcome.export_trial(config, run, Records.load(run), ranked, trial, out, QUIET, weights)
             assert (out / "samples.png").is_file()
     assert asked == [64, 64]
+
+
+def test_an_export_draws_with_the_sampler_of_the_ranking(finished, tmp_path):
+    config, run = finished
+    ranked = run.read_json(RANKING)
+    for variance in ("fixed_small", "fixed_large"):
+        ranked["sampler"]["variance"] = variance
+        outcome.export_trial(config, run, Records.load(run), ranked, "t0000-cosine", tmp_path / "out", QUIET)
+        scheduler = DDPMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
+        assert scheduler.config.variance_type == variance
 
 
 def test_a_run_s_damaged_judge_is_replaced_by_the_machine_s_own(finished, caplog):
