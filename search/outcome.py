@@ -36,7 +36,13 @@ def finish(config: SearchConfig, run: Storage, records: Records, splits: Splits,
     console.print(f"Report:   {run.at(REPORT).uri}")
     winner = _winner(ranked) if ranked else None
     if winner is not None and ranked is not None:
-        export_trial(config, run, records, ranked, winner, None, console)
+        try:
+            export_trial(config, run, records, ranked, winner, None, console)
+        except checkpoint.BrokenCheckpointError as error:
+            raise UserError(
+                f"the winner, {winner}, cannot be exported: {error}; restore it from a copy, or export another: "
+                f"ddpm-search export {run.uri} --trial TRIAL --out FOLDER"
+            ) from error
 
 
 def export_trial(

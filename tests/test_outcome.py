@@ -16,7 +16,7 @@ from evaluation import extractors, pictures, sampling, stage
 from evaluation.extractors import Classifier, ClassifierNet
 from evaluation.stage import Candidate, ShardWorker
 from search import outcome, prepare
-from search.config import SearchConfig, load
+from search.config import SearchConfig, UserError, load
 from search.records import CONFIG, RANKING, Records
 from trainer import checkpoint, data, model
 from trainer.storage import Storage
@@ -179,6 +179,15 @@ def test_a_report_of_a_damaged_checkpoint_is_drawn_and_names_the_trial(finished)
     assert "<li>t0000-cosine: checkpoint train/t0000-cosine/checkpoint_000000001 cannot be read: " in page
     assert "no longer at hand" in page
     assert run.root not in page.split("<h2")[3]  # the images' part
+
+
+def test_a_winner_whose_weights_are_damaged_has_a_report_and_a_remedy(finished):
+    """Its images were drawn before, so that the ranking has it."""
+    config, run = finished
+    run.write("train/t0000-cosine/checkpoint_000000001/state.pt", b"cut")
+    with pytest.raises(UserError, match=r"winner, t0000-cosine, .*is damaged.*ddpm-search export .* --trial"):
+        outcome.finish(config, run, Records.load(run), data.load(config.train.data), QUIET)
+    assert run.exists(outcome.REPORT)
 
 
 @pytest.mark.slow
