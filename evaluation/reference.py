@@ -76,7 +76,7 @@ def prepare(
         train_features=judged_train.features,
         held_out_statistics=held_out_statistics,
         held_out=judged_held_out,
-        noise=_joined([extractor.extract(block) for block in _noise(max(len(shown), 2), held_out.shape[1:])]),
+        noise=Extraction.joined(map(extractor.extract, _noise(max(len(shown), 2), held_out.shape[1:]))),
         key=f"{key}-{_weights_hash(extractor)}",
     )
 
@@ -96,13 +96,8 @@ def _judged(
             yield judged.features
 
     statistics = FeatureStatistics.of_blocks(features())
-    ascending, place = _joined(parts), np.argsort(np.argsort(kept))
+    ascending, place = Extraction.joined(parts), np.argsort(np.argsort(kept))
     return statistics, Extraction(ascending.probabilities[place], ascending.features[place])
-
-
-def _joined(parts: list[Extraction]) -> Extraction:
-    probabilities, features = zip(*parts, strict=True)
-    return Extraction(np.concatenate(probabilities), np.concatenate(features))
 
 
 def _noise(count: int, shape: tuple[int, ...]) -> Iterator[np.ndarray]:

@@ -29,7 +29,7 @@ from evaluation.ranking import Distance, RankedTrial, TrialSamples, rank
 from evaluation.reference import Reference
 from evaluation.sampling import sample_images
 from trainer import checkpoint, schedules
-from trainer.failures import TooLittleMemoryError, is_out_of_memory, memory_of
+from trainer.failures import TooLittleMemoryError, memory_of, too_little_memory_is
 from trainer.storage import Storage
 
 BLOCKS_PER_SHARD = 5
@@ -93,14 +93,13 @@ class ShardWorker:
         betas = schedules.betas(**found.config.schedule.model_dump())
         shape = tuple(found.meta["image_shape"])
         try:
-            images = sample_images(denoiser, betas, shape, self.config.sampler, shard.first, shard.count, self.device)
-            judged = self.extractor.extract(images)
+            with too_little_memory_is(self._out_of_memory):
+                images = sample_images(
+                    denoiser, betas, shape, self.config.sampler, shard.first, shard.count, self.device
+                )
+                judged = self.extractor.extract(images)
         except FloatingPointError as error:
             return str(error)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise TooLittleMemoryError(self._out_of_memory()) from error
         buffer = io.BytesIO()
         kept = images[: max(0, KEPT_IMAGES - shard.first)]
         np.savez(buffer, probabilities=judged.probabilities, features=judged.features, images=kept)
@@ -307,11 +306,7 @@ def kept_images(run: Storage, candidate: Candidate, ranked: Mapping[str, Any]) -
         shards = _shards_judged(run, candidate, asked, ranked["extractor"], ranked.get("judge"))
     except checkpoint.BrokenCheckpointError as error:
         raise FileNotFoundError(str(error)) from error
-    parts = []
-    for shard in shards:
-        if shard.first < KEPT_IMAGES:
-            parts.append(_results(run, shard)["images"])
-    return np.concatenate(parts)
+    return np.concatenate([_results(run, shard)["images"] for shard in shards if shard.first < KEPT_IMAGES])
 
 
 def _identity(run: Storage, candidate: Candidate) -> tuple[str, int]:
@@ -381,9 +376,5 @@ def _is_done(run: Storage, shard: Shard, config: FinalStageConfig) -> bool:
 
 
 def _read(run: Storage, candidate: Candidate, config: FinalStageConfig, reference: Reference) -> Extraction:
-    parts = []
-    for shard in _shards(run, candidate, config, reference):
-        results = _results(run, shard)
-        parts.append((results["probabilities"], results["features"]))
-    probabilities, features = zip(*parts, strict=True)
-    return Extraction(np.concatenate(probabilities), np.concatenate(features))
+    drawn = (_results(run, shard) for shard in _shards(run, candidate, config, reference))
+    return Extraction.joined(Extraction(results["probabilities"], results["features"]) for results in drawn)
