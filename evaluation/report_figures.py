@@ -11,7 +11,7 @@ from evaluation import analysis, pictures, plots
 from evaluation.analysis import Row
 from evaluation.events import Events
 from evaluation.plots import Curve, Panel
-from evaluation.report_words import METRICS, STATES, fixed, joined, label, number
+from evaluation.report_words import METRICS, STATES, better, capitalised, fixed, joined, label, number
 from trainer import schedules
 from trainer.config import ScheduleConfig
 
@@ -218,9 +218,8 @@ def learning_curves(
 
     panels = []
     for name in sorted(METRICS, key=lambda name: name != metric):
-        title = f"{METRICS[name][0].upper()}{METRICS[name][1:]}" + (", which decides" if name == metric else "")
-        better = "higher" if name == "score" else "lower"
-        panels += panel(title, f"{better} is better", measured(name), marker=".", log_y=name != "score")
+        title = capitalised(METRICS[name]) + (", which decides" if name == metric else "")
+        panels += panel(title, better(name), measured(name), marker=".", log_y=name != "score")
     panels += panel("Training loss", "epsilon-MSE, mean of an epoch", logged("train/loss"))
     panels += panel("Learning rate", "learning rate", logged("train/learning_rate"), steps="pre")
     if not panels:
@@ -244,8 +243,7 @@ def family_plot(rows: Sequence[Row], metric: str, epoch: int) -> str:
         y = np.array([values[row["trial"]] for row in rows if row["family"] == family and row["trial"] in values])
         x = at + np.linspace(-0.2, 0.2, len(y)) if len(y) > 1 else np.array([float(at)])
         curves.append(Curve(family, x, y, _family_style(family), marker=FAMILY_MARKERS[family], line=False))
-    better = "higher" if metric == "score" else "lower"
-    ylabel = f"{METRICS[metric]} ({better} is better)"
+    ylabel = f"{METRICS[metric]} ({better(metric)})"
     title = f"Every trial at epoch {epoch}"
     return _panels([Panel(title, "schedule family", ylabel, curves, log_y=metric != "score", names=families)])
 
@@ -268,9 +266,8 @@ def cost_plots(rows: Sequence[Row], metric: str) -> str:
                 if own:
                     x, y = np.array([(costs[i], values[i]) for i in own]).T
                     curves.append(Curve(what, x, y, _family_style(family), marker=marker, line=False, filled=done))
-        better = "higher" if name == "score" else "lower"
-        ylabel = f"{METRICS[name]} ({better} is better)"
-        title = f"{METRICS[name][0].upper()}{METRICS[name][1:]} against cost"
+        ylabel = f"{METRICS[name]} ({better(name)})"
+        title = f"{capitalised(METRICS[name])} against cost"
         log_y = name != "score"
         panels.append(Panel(title, "worker-seconds", ylabel, curves, log_x=True, log_y=log_y, legend=True))
         trials = joined([found[i]["trial"] for i in front])

@@ -39,6 +39,14 @@ def as_read(row: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     return row | {"settings": {"schedule.space": "beta"} | (row.get("settings") or {})}
 
 
+def capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def better(metric: str) -> str:
+    return "higher is better" if metric == "score" else "lower is better"
+
+
 def reason(text: str | None) -> str:
     """A reason of the trials table in the report's words."""
     return re.sub(r"\b(frechet|grid_loss)\b", lambda found: METRICS[found[0]], text or "")
