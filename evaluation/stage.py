@@ -315,7 +315,8 @@ def _identity(run: Storage, candidate: Candidate) -> tuple[str, int]:
         meta = run.read_json(f"{candidate.checkpoint}/checkpoint.json")
         return meta["sha256"], int(meta["config"]["schedule"]["steps"])
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise checkpoint.BrokenCheckpointError(f"checkpoint {candidate.checkpoint} cannot be read: {error}") from error
+        why = str(error).replace(f"{run.root}/", "")
+        raise checkpoint.BrokenCheckpointError(f"checkpoint {candidate.checkpoint} cannot be read: {why}") from error
 
 
 def _shards(run: Storage, candidate: Candidate, config: FinalStageConfig, reference: Reference) -> list[Shard]:

@@ -69,21 +69,17 @@ def export_trial(
     found = checkpoint.load(run.at(row.checkpoint))
     entries = ranked["trials"] if ranked else []
     entry = next((e for e in entries if trial == e["trial"] or trial in (e.get("seeds") or ())), None)
-    raw = (weights or (ranked or {}).get("weights", config.final.weights)) == "raw"
+    weights = weights or (ranked or {}).get("weights", config.final.weights)
+    raw = weights == "raw"
     text = card.model_card(config.name, dataclasses.asdict(row), found, ranked, entry, raw, torch_export)
-    provenance = {
-        "run": config.name,
-        "trial": trial,
-        "checkpoint": row.checkpoint,
-        "checkpoint_meta": card.published(found.meta),
-    }
-    provenance["weights"] = "raw" if raw else "ema"
+    provenance = {"run": config.name, "trial": trial, "checkpoint": row.checkpoint, "weights": weights}
+    provenance["checkpoint_meta"] = card.published(found.meta)
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(run.root) if run.is_local else Path(scratch)
         folder, picture = (out, out / "samples.png") if out else (home / "export", home / "samples.png")
         sampler = SamplerConfig.model_validate(ranked["sampler"]) if ranked else config.final.sampler
         export.export_pipeline(found, folder, sampler, text, provenance, raw, torch_export)
-        images = _ranked_images(run, ranked, trial, row.checkpoint, "raw" if raw else "ema")
+        images = _ranked_images(run, ranked, trial, row.checkpoint, weights)
         if images is None:
             images = _drawn_here(folder, sampler, console)
         pictures.save_grid_png(picture, images)
