@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import RESULTS, filled, provenance, write
-from evaluation import export, pictures
+from evaluation import export, pictures, report_words
 from evaluation.events import Events, read
 from evaluation.plots import Curve, Panel
 from evaluation.sampling import sample_images
 from search import confirm, space
 from search.records import Row, open_run
-from search.watch import schedule_label
 from trainer import checkpoint
 from trainer.storage import Storage
 
@@ -33,7 +32,7 @@ REPORTED = {"linear(0.0001, 0.02)": 5.597, "cosine(0, 1, tau 1), no EMA": 7.854,
 
 
 def label(row: dict[str, Any]) -> str:
-    return schedule_label(row) + (", no EMA" if row["settings"].get("ema_decays") == [0] else "")
+    return report_words.label(row) + (", no EMA" if row["settings"].get("ema_decays") == [0] else "")
 
 
 def figures(run: Storage) -> dict[str, Any]:
@@ -83,12 +82,13 @@ def searched(run: Storage, rows: list[dict[str, Any]]) -> dict[str, Any]:
         raise SystemExit(f"{run.uri} has confirmed nothing; give final.confirm.top")
     names = ("trial", "family", "start", "end", "tau", "learning_rate", "dropout", "score", "frechet", "by_seed")
     best = {name: found[0][name] for name in names} | {"label": label(found[0])}
-    # The spread between seeds of a search's best and of a study's row are independent: variances add.
+    # Both drew their images from the same noise, and earlier versions trained from the same seeds: whatever the
+    # covariance, the standard deviation of a difference is at most the sum of the two.
     differences = {}
     for name, value, sign in (("score", "mean", 1), ("frechet", "value", -1)):
         rival = max((row for row in rows if row["plain"] and row["confirmed"]), key=lambda row: sign * row[name][value])
         by = best[name][value] - rival[name][value]
-        half = np.hypot(np.diff(best[name]["ci"])[0], np.diff(rival[name]["ci"])[0]) / 2
+        half = sum(np.diff(row[name]["ci"])[0] for row in (best, rival)) / 2
         differences[name] = {"rival": rival["label"], "by": by, "ci": [by - half, by + half]}
     return {
         "overrides": {"trials": config.trials, "budget": config.budget.model_dump()},
@@ -179,9 +179,10 @@ def draw(run: Storage) -> None:
     grids = []
     for name, row in trials:
         folder = Path(run.root) / "study" / row.trial
-        export.export_pipeline(checkpoint.load(run.at(str(row.checkpoint))), folder, f"# {name}\n", {})
-        denoiser, betas, shape = export.load_export(folder)
-        grids.append(sample_images(denoiser, betas, shape, config.final.sampler, 0, 24, "cpu"))
+        found, sampler = checkpoint.load(run.at(str(row.checkpoint))), config.final.sampler
+        export.export_pipeline(found, folder, sampler, f"# {name}\n", {})
+        denoiser, betas, shape, _ = export.load_export(folder)
+        grids.append(sample_images(denoiser, betas, shape, sampler, 0, 24, "cpu"))
         print(f"{len(grids)}. {name}")
     pictures.save_grid_png(IMAGES / f"{config.name}-samples.png", np.concatenate(grids), columns=24)
 

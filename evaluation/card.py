@@ -1,5 +1,6 @@
 """README.md of an export, as the Hugging Face hub reads it: what was trained, on what, and how good it is."""
 
+from pathlib import Path
 from typing import Any
 
 from evaluation.export import PROVENANCE, TORCH_EXPORT
@@ -33,7 +34,7 @@ def model_card(
     it was not scored.
     """
     config = checkpoint.config
-    name, schedule = config.data.name, config.schedule
+    name, schedule = _without_path(config.data.name), config.schedule
     channels, height, width = checkpoint.meta["image_shape"]
     lines = [
         "---",
@@ -92,6 +93,19 @@ def model_card(
     return "\n".join(lines)
 
 
+def _without_path(name: str) -> str:
+    """A data set's name, of a path its last part: an export is published, and its reader has no such folder."""
+    kind, colon, path = name.partition(":")
+    return f"{kind}{colon}{Path(path).name}"
+
+
+def published(meta: dict[str, Any]) -> dict[str, Any]:
+    """What checkpoint.json says, without places on this machine: as an export has it."""
+    data = meta["config"]["data"]
+    data = data | {"name": _without_path(data["name"]), "root": None}
+    return meta | {"config": meta["config"] | {"data": data}}
+
+
 def _network(model: ModelConfig) -> str:
     attends = [str(level) for level, attention in enumerate(model.attention, 1) if attention]
     where = f"at level {', '.join(attends)} and in the middle" if attends else "in the middle"
@@ -103,7 +117,7 @@ def _network(model: ModelConfig) -> str:
 
 def _data(data: DataConfig) -> str:
     subset = "" if data.subset is None else f", {data.subset:,} images drawn by seed {data.seed}"
-    return f"{data.name}{subset}; trained on {data.train_fraction:.0%} of them, the rest held out"
+    return f"{_without_path(data.name)}{subset}; trained on {data.train_fraction:.0%} of them, the rest held out"
 
 
 def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial: str, weights: str) -> list[str]:

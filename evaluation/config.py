@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from trainer.config import Config, Seed
+from trainer.config import Config, Seed, absolute
 
 
 class SamplerConfig(Config):
@@ -35,8 +35,15 @@ class FinalStageConfig(Config):
     images: int = Field(10_000, ge=2, description="images a trial")
     split_size: int = Field(5_000, ge=2, description="images a split of the score")
     sampler: SamplerConfig = SamplerConfig()
-    extractor: Literal["auto", "classifier", "inception"] = "auto"
+    extractor: Literal["auto", "classifier", "inception"] = Field(
+        "auto", description="auto: inception where its weights are given or there are no labels, else the classifier"
+    )
     inception_weights: str | None = Field(None, description="path of torch-fidelity's weights; None downloads them")
     weights: Literal["ema", "raw"] = Field("ema", description="raw: as trained, without the moving average")
     keep_images: bool = Field(False, description="keep every image, in Parquet files beside its features")
     confirm: ConfirmConfig = ConfirmConfig()
+
+    @field_validator("inception_weights")
+    @classmethod
+    def _absolute_weights(cls, path: str | None) -> str | None:
+        return absolute(path) if path else path

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from evaluation.config import SamplerConfig
 from trainer import schedules
 from trainer.checkpoint import Checkpoint
 
@@ -21,6 +22,7 @@ TORCH_EXPORT = "denoiser.pt2"
 def export_pipeline(
     checkpoint: Checkpoint,
     out: Path,
+    sampler: SamplerConfig,
     card: str,
     provenance: dict[str, Any],
     raw: bool = False,
@@ -28,6 +30,7 @@ def export_pipeline(
 ) -> None:
     """Writes the EMA model (the raw one where asked for) and its schedule, for `DDPMPipeline.from_pretrained`.
 
+    sampler: what the model was ranked by; diffusers' sampler has its variance and spacing.
     card: the text of README.md, see evaluation/card.py. provenance: where the model is from, kept in provenance.json.
     torch_export: writes the denoiser to denoiser.pt2 as well.
     The folder appears whole or not at all; an earlier export there is replaced.
@@ -43,11 +46,10 @@ def export_pipeline(
         num_train_timesteps=schedule.steps,
         # Python floats: JSON keeps every bit of them, and so `load_export` has the float64 table of the training.
         trained_betas=schedules.betas(**schedule.model_dump()).tolist(),
-        variance_type="fixed_small",
+        variance_type=sampler.variance,
         clip_sample=True,
         prediction_type="epsilon",
-        # As evaluation/sampling.py visits them: "leading", the default, would never see pure noise at fewer steps.
-        timestep_spacing="trailing",
+        timestep_spacing=sampler.spacing,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex}.{kind}") for kind in ("new", "old"))
@@ -88,8 +90,9 @@ def _torch_export(network: nn.Module, shape: tuple[int, int, int], path: Path) -
     torch.export.save(program, path)
 
 
-def load_export(folder: Path) -> tuple[nn.Module, np.ndarray, tuple[int, int, int]]:
-    """What an export holds: the denoiser in eval mode on the CPU, betas (T,) float64, image shape (C, H, W).
+def load_export(folder: Path) -> tuple[nn.Module, np.ndarray, tuple[int, int, int], SamplerConfig]:
+    """What an export holds: the denoiser in eval mode on the CPU, betas (T,) float64, image shape (C, H, W), and a
+    sampler of the variance and the spacing that it was ranked by.
 
     Raises ValueError where the folder is no export of ours, or a damaged one.
     """
@@ -102,11 +105,12 @@ def load_export(folder: Path) -> tuple[nn.Module, np.ndarray, tuple[int, int, in
     try:
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         betas = np.array(config["trained_betas"], np.float64)
+        sampler = SamplerConfig(variance=config["variance_type"], spacing=config["timestep_spacing"])
         denoiser = UNet2DModel.from_pretrained(folder / "unet", local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"the export {folder} is damaged: {error}; write it again: `ddpm-search export`") from error
     height, width = denoiser.config.sample_size
-    return denoiser.eval().requires_grad_(False), betas, (denoiser.config.in_channels, height, width)
+    return denoiser.eval().requires_grad_(False), betas, (denoiser.config.in_channels, height, width), sampler
 
 
 def _is_export(folder: Path) -> bool:

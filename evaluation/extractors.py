@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +35,11 @@ class Extraction(NamedTuple):
 
     probabilities: Array  # (N, K) float64
     features: np.ndarray  # (N, D) float32
+
+    @classmethod
+    def joined(cls, parts: Iterable["Extraction"]) -> "Extraction":
+        """Of the images of all parts, one part after another."""
+        return cls(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
 
 class _Residual(nn.Module):
@@ -162,14 +167,13 @@ def train_classifier(
     device: str | torch.device = "cpu",
     epochs: int = 30,
     horizontal_flip: bool = False,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Classifier:
     """Train a classifier, and state its accuracy on images it has not seen.
 
     images: one or more uint8 (N_i, H, W, C), in all N, read a batch at a time: they may be mapped from disk.
     held_out_images: uint8 (M, H, W, C); labels (N,), held_out_labels (M,): integers 0..K-1, all K among the training
-    labels. progress is told (epochs done, epochs). The same seed gives the same classifier on the same device
-    type and number of threads; the caller's random numbers are not touched.
+    labels. The same seed gives the same classifier on the same device type and number of threads; the caller's random
+    numbers are not touched.
     Raises ValueError where images or labels are not of that form.
     """
     x = _Rows([check_images(part) for part in images if len(part)])
@@ -194,7 +198,7 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=epochs * steps)
     net.train()
     with _reproducible_convolutions():
-        for epoch in range(epochs):
+        for _ in range(epochs):
             order = torch.randperm(len(x), generator=generator)
             for step in range(steps):
                 index = order[step * batch_size : (step + 1) * batch_size]
@@ -204,8 +208,6 @@ def train_classifier(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-            if progress is not None:
-                progress(epoch + 1, epochs)
     net.eval().requires_grad_(False)
     classifier = Classifier(net, classes, x.shape[2], min(x.shape[:2]), 0.0, len(truth), seed)
     guesses = classifier.extract(held_out).probabilities.argmax(axis=1)

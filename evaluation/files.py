@@ -80,8 +80,22 @@ def parquet_of(images: np.ndarray, first: int) -> bytes:
         rows.append({"index": index, "image": {"bytes": buffer.getvalue(), "path": f"{index:07d}.png"}})
     image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     out = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=pa.schema([("index", pa.int64()), ("image", image)])), out)
+    table = pa.Table.from_pylist(rows, schema=pa.schema([("index", pa.int64()), ("image", image)]))
+    pq.write_table(table, out, write_page_checksum=True)
     return out.getvalue()
+
+
+def holds_images(content: bytes, first: int, count: int) -> bool:
+    """Whether this is what `parquet_of` made of images first .. first + count - 1, cut and damaged nowhere."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(io.BytesIO(content), pre_buffer=False, page_checksum_verification=True)
+        index = file.read(use_threads=False)["index"].to_pylist()
+    except (OSError, KeyError, pa.ArrowException):
+        return False
+    return index == list(range(first, first + count))
 
 
 def _encoded(path: Path) -> list[bytes]:

@@ -58,6 +58,13 @@ def prepare(
     extractor = _extractor(splits, config, cache, key, device, progress, run)
     if extractor is None:
         return None
+    for what, images in (("to train on", splits.train), ("held out", splits.held_out)):
+        if len(images) < 2:
+            raise ValueError(
+                f"at least 2 images {what} are needed to judge others by, but train.data.train_fraction="
+                f"{splits.config.train_fraction} leaves {len(images)} of {len(splits.train) + len(splits.held_out)}; "
+                "change it, or give more images"
+            )
     progress(f"{extractor.name}: reading the real images")
     train, held_out = splits.train.pixels, splits.held_out.pixels
     shown = splits.held_out.drawn(max(REAL_IMAGES, config.images))
@@ -69,7 +76,7 @@ def prepare(
         train_features=judged_train.features,
         held_out_statistics=held_out_statistics,
         held_out=judged_held_out,
-        noise=_joined([extractor.extract(block) for block in _noise(max(len(shown), 2), held_out.shape[1:])]),
+        noise=Extraction.joined(map(extractor.extract, _noise(max(len(shown), 2), held_out.shape[1:]))),
         key=f"{key}-{_weights_hash(extractor)}",
     )
 
@@ -89,13 +96,8 @@ def _judged(
             yield judged.features
 
     statistics = FeatureStatistics.of_blocks(features())
-    ascending, place = _joined(parts), np.argsort(np.argsort(kept))
+    ascending, place = Extraction.joined(parts), np.argsort(np.argsort(kept))
     return statistics, Extraction(ascending.probabilities[place], ascending.features[place])
-
-
-def _joined(parts: list[Extraction]) -> Extraction:
-    probabilities, features = zip(*parts, strict=True)
-    return Extraction(np.concatenate(probabilities), np.concatenate(features))
 
 
 def _noise(count: int, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
@@ -127,8 +129,8 @@ def _extractor(
 ) -> Classifier | Inception | None:
     labelled = splits.train.labels is not None
     weights = Path(config.inception_weights).expanduser() if config.inception_weights else None
-    at_hand = weights is not None or inception_path().is_file()
-    if config.extractor == "inception" or (config.extractor == "auto" and not labelled and at_hand):
+    wanted = weights is not None or (not labelled and inception_path().is_file())
+    if config.extractor == "inception" or (config.extractor == "auto" and wanted):
         return Inception(weights, device=device)
     if not labelled:
         if config.extractor == "classifier":

@@ -34,6 +34,7 @@ def render(
     rows: Sequence[Row],
     ranking: dict[str, Any] | None,
     samples: Mapping[str, np.ndarray],
+    lost: Mapping[str, str],
     real_samples: np.ndarray | None,
     events: Mapping[str, Events],
     commands: Sequence[str],
@@ -44,9 +45,9 @@ def render(
     """The page as text. What is not there yet is said in a sentence in its place.
 
     config: the resolved config.yaml. rows: trials.parquet as dicts, in its order. ranking: ranking.json, or None before
-    the final stage. samples: trial → (n, H, W, C) uint8, image i of every trial from the same noise; real_samples:
-    held-out images of that shape. events: trial → `events.read`. commands: the lines that make this run again.
-    versions: package → version. ended: why the search ended, where it did.
+    the final stage. samples: trial → (n, H, W, C) uint8, image i of every trial from the same noise; lost: trial → why
+    there are none of it; real_samples: held-out images of that shape. events: trial → `events.read`. commands: the
+    lines that make this run again. versions: package → version. ended: why the search ended, where it did.
     confirming_seconds: workers' time that the trainings from new seeds took. All text is escaped.
     """
     rows = [as_read(row, config) for row in rows]
@@ -61,7 +62,7 @@ def render(
     sections = {
         "What was asked": _asked(config, real_samples, metric),
         "Leaderboard": report_tables.leaderboard(ranking),
-        "Images": report_figures.final_grids(rows, ranked, samples, real_samples)
+        "Images": report_figures.final_grids(rows, ranked, samples, lost, real_samples)
         + report_figures.rung_grids(config, rows, best, metric, events),
         "Noise schedules": report_figures.schedule_plots(
             config, rows, named, None if real_samples is None else real_samples[0]

@@ -11,7 +11,7 @@ from evaluation import analysis, pictures, plots
 from evaluation.analysis import Row
 from evaluation.events import Events
 from evaluation.plots import Curve, Panel
-from evaluation.report_words import METRICS, STATES, fixed, joined, label, number
+from evaluation.report_words import METRICS, STATES, better, capitalised, fixed, joined, label, number
 from trainer import schedules
 from trainer.config import ScheduleConfig
 
@@ -32,16 +32,22 @@ def name_curves(rows: Sequence[Row], ranked: Mapping[str, Row]) -> dict[str, int
 
 
 def final_grids(
-    rows: Sequence[Row], ranked: Mapping[str, Row], samples: Mapping[str, np.ndarray], real_samples: np.ndarray | None
+    rows: Sequence[Row],
+    ranked: Mapping[str, Row],
+    samples: Mapping[str, np.ndarray],
+    lost: Mapping[str, str],
+    real_samples: np.ndarray | None,
 ) -> str:
     """The first images of every ranked trial, as the final stage drew them, beside real ones."""
-    lost = [trial for trial, entry in ranked.items() if entry["rank"] is not None and trial not in samples]
+    why = "".join(f"<li>{escape(trial)}: {escape(reason)}</li>" for trial, reason in lost.items())
     gone = (
-        f"<p>Images of {escape(joined(lost))} are no longer at hand (deleted, damaged, or of an earlier version): "
-        "<code>ddpm-search evaluate</code> draws them again.</p>"
+        f"<p>Images of {escape(joined(list(lost)))} are no longer at hand: <code>ddpm-search evaluate</code> draws "
+        f"those of whole checkpoints again.</p><ul>{why}</ul>"
+        if lost
+        else ""
     )
     if not samples:
-        return gone if lost else "<p>The final stage has drawn no images yet.</p>"
+        return gone or "<p>The final stage has drawn no images yet.</p>"
     labels = {row["trial"]: label(row) for row in rows}
     real = [] if real_samples is None else [("<strong>Real</strong>, held out from training", real_samples)]
     figures = []
@@ -56,7 +62,7 @@ def final_grids(
         "The first images of each trial, not chosen; of one that was trained again, those of its best-scored training. "
         "The same place in two trials' grids started from the same noise."
     )
-    return f'<p class="quiet">{note}</p>{_grids(grids)}{gone if lost else ""}'
+    return f'<p class="quiet">{note}</p>{_grids(grids)}{gone}'
 
 
 def _which_training(entry: Mapping[str, Any]) -> str:
@@ -212,9 +218,8 @@ def learning_curves(
 
     panels = []
     for name in sorted(METRICS, key=lambda name: name != metric):
-        title = f"{METRICS[name][0].upper()}{METRICS[name][1:]}" + (", which decides" if name == metric else "")
-        better = "higher" if name == "score" else "lower"
-        panels += panel(title, f"{better} is better", measured(name), marker=".", log_y=name != "score")
+        title = capitalised(METRICS[name]) + (", which decides" if name == metric else "")
+        panels += panel(title, better(name), measured(name), marker=".", log_y=name != "score")
     panels += panel("Training loss", "epsilon-MSE, mean of an epoch", logged("train/loss"))
     panels += panel("Learning rate", "learning rate", logged("train/learning_rate"), steps="pre")
     if not panels:
@@ -238,8 +243,7 @@ def family_plot(rows: Sequence[Row], metric: str, epoch: int) -> str:
         y = np.array([values[row["trial"]] for row in rows if row["family"] == family and row["trial"] in values])
         x = at + np.linspace(-0.2, 0.2, len(y)) if len(y) > 1 else np.array([float(at)])
         curves.append(Curve(family, x, y, _family_style(family), marker=FAMILY_MARKERS[family], line=False))
-    better = "higher" if metric == "score" else "lower"
-    ylabel = f"{METRICS[metric]} ({better} is better)"
+    ylabel = f"{METRICS[metric]} ({better(metric)})"
     title = f"Every trial at epoch {epoch}"
     return _panels([Panel(title, "schedule family", ylabel, curves, log_y=metric != "score", names=families)])
 
@@ -262,9 +266,8 @@ def cost_plots(rows: Sequence[Row], metric: str) -> str:
                 if own:
                     x, y = np.array([(costs[i], values[i]) for i in own]).T
                     curves.append(Curve(what, x, y, _family_style(family), marker=marker, line=False, filled=done))
-        better = "higher" if name == "score" else "lower"
-        ylabel = f"{METRICS[name]} ({better} is better)"
-        title = f"{METRICS[name][0].upper()}{METRICS[name][1:]} against cost"
+        ylabel = f"{METRICS[name]} ({better(name)})"
+        title = f"{capitalised(METRICS[name])} against cost"
         log_y = name != "score"
         panels.append(Panel(title, "worker-seconds", ylabel, curves, log_x=True, log_y=log_y, legend=True))
         trials = joined([found[i]["trial"] for i in front])

@@ -12,6 +12,7 @@ from evaluation.report_words import (
     METRICS,
     NOT_KNOWN,
     STATES,
+    capitalised,
     chance,
     count,
     fixed,
@@ -37,7 +38,7 @@ def leaderboard(ranking: Mapping[str, Any] | None) -> str:
     if ranking is None:
         return "<p>No trial has been scored by the final stage yet.</p>"
     images, real_n = ranking["images"], ranking["real"]["n"]
-    score_name = escape(ranking["score_name"][:1].upper() + ranking["score_name"][1:])
+    score_name = escape(capitalised(ranking["score_name"]))
     diverse = any(entry.get("kid") for entry in ranking["trials"])
     led = any(entry.get("to_next") for entry in ranking["trials"])
 
@@ -140,7 +141,7 @@ def all_trials(rows: Sequence[Row], ranked: Mapping[str, Row]) -> str:
     if not rows:
         return "<p>No trial has begun yet.</p>"
     metrics = [name for name in METRICS if any(rung[name] is not None for row in rows for rung in row["rungs"])]
-    headings = ["Epoch", *(METRICS[name][0].upper() + METRICS[name][1:] for name in metrics), "Worker-seconds", "Rank"]
+    headings = ["Epoch", *(capitalised(METRICS[name]) for name in metrics), "Worker-seconds", "Rank"]
     columns = [("", ""), ("Tried", ""), ("State", "w"), *((heading, "n") for heading in headings)]
     body = []
     for row in rows:

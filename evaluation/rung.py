@@ -53,13 +53,9 @@ class RungScorer:
 
         Raises TooLittleMemoryError, which says what to set.
         """
-        try:
+        with failures.too_little_memory_is(lambda: self._out_of_memory(device)):
             metrics: dict[str, Any] = {"grid_loss": grid_loss(denoiser, config.schedule, self.probe, device)}
             metrics |= self._judge(denoiser, config, device)
-        except (RuntimeError, MemoryError) as error:
-            if failures.is_out_of_memory(error):
-                raise failures.TooLittleMemoryError(self._out_of_memory(device)) from error
-            raise
         return metrics | {"objective": objective(metrics, self.metric)}
 
     def _out_of_memory(self, device: torch.device) -> str:

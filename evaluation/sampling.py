@@ -75,9 +75,8 @@ def sample_block(
     sampler: SamplerConfig,
     block: int,
     device: torch.device | str,
-    count: int | None = None,
 ) -> np.ndarray:
-    """The first `count` (all where None) images of one block, (n, H, W, C) uint8. Arguments as `sample_images`.
+    """One block of images, (block_size, H, W, C) uint8. Arguments as `sample_images`.
 
     Raises FloatingPointError where the model's output led to NaN or infinity: such images have no score.
     """
@@ -86,7 +85,7 @@ def sample_block(
         raise FloatingPointError(f"sampling gave NaN or infinite pixels in block {block}: the model has diverged")
     # diffusers' formula, then round: truncation would darken every image by half a level
     pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()[:count]
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
 def denoise_block(

@@ -64,38 +64,26 @@ def check_probabilities(probabilities: ArrayLike) -> Array:
     return values / totals[:, None]
 
 
-def split_divergences(probabilities: ArrayLike, split_size: int) -> tuple[Array, Array]:
-    """The score of every split and the divergence of every image from its split's marginal.
+def inception_score(probabilities: ArrayLike, split_size: int) -> Score:
+    """Salimans 2016 (arXiv:1606.03498): exp(mean KL(p_i || q)), mean and std over splits of a fixed size.
 
     probabilities: (N, K). Splits are contiguous by index, of `split_size` images (one pool where N is smaller); a
-    remainder is left out. Returns scores (S,) = exp(mean KL) and divergences (S, n) = KL(p_i || q) in nats, with
-    q the split's mean and 0 log 0 = 0.
-    Raises ValueError where split_size < 1 or a row is no distribution.
+    remainder is left out. q is the split's mean, and 0 log 0 = 0. Between 1 (every prediction alike) and K (certain and
+    balanced). The score of n images is biased downward by about (K-1)/2n in the logarithm, so scores compare only at
+    one split_size. Raises ValueError where split_size < 1 or a row is no distribution.
     """
     if split_size < 1:
         raise ValueError(f"split_size >= 1 must hold, but got {split_size=}")
     p = check_probabilities(probabilities)
     n = min(split_size, len(p))
     splits = len(p) // n
-    divergences = np.empty((splits, n))
+    scores = np.empty(splits)
     for s in range(splits):
         part = p[s * n : (s + 1) * n]
         # The sum instead of the mean: a subnormal probability divided by n would leave q = 0 under p > 0.
-        divergences[s] = special.rel_entr(part, part.sum(axis=0)).sum(axis=1) + np.log(n)
-    return np.exp(divergences.mean(axis=1)), divergences
-
-
-def inception_score(probabilities: ArrayLike, split_size: int) -> Score:
-    """Salimans 2016 (arXiv:1606.03498): exp(mean KL(p_i || q)), mean and std over splits of a fixed size.
-
-    probabilities: (N, K). Between 1 (every prediction alike) and K (certain and balanced). The score of n images is
-    biased downward by about (K-1)/2n in the logarithm, so scores compare only at one split_size: see split_divergences.
-    """
-    scores, divergences = split_divergences(probabilities, split_size)
-    splits, n = divergences.shape
-    total = len(np.asarray(probabilities))
+        scores[s] = np.exp((special.rel_entr(part, part.sum(axis=0)).sum(axis=1) + np.log(n)).mean())
     std = float(scores.std()) if splits > 1 else None
-    return Score(float(scores.mean()), std, splits * n, n, splits, total - splits * n)
+    return Score(float(scores.mean()), std, splits * n, n, splits, len(p) - splits * n)
 
 
 @dataclass(frozen=True)

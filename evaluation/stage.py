@@ -18,16 +18,18 @@ from typing import Any
 
 import numpy as np
 import ray
+import torch
 
 from evaluation import scores
 from evaluation.config import FinalStageConfig
 from evaluation.extractors import Classifier, Extraction
-from evaluation.files import parquet_of
+from evaluation.files import holds_images, parquet_of
 from evaluation.inception import Inception
 from evaluation.ranking import Distance, RankedTrial, TrialSamples, rank
 from evaluation.reference import Reference
 from evaluation.sampling import sample_images
 from trainer import checkpoint, schedules
+from trainer.failures import TooLittleMemoryError, memory_of, too_little_memory_is
 from trainer.storage import Storage
 
 BLOCKS_PER_SHARD = 5
@@ -85,16 +87,19 @@ class ShardWorker:
             try:
                 found = checkpoint.load(self.run.at(path))
             except checkpoint.BrokenCheckpointError as error:
-                return str(error)
+                return str(error).replace(f"{self.run.uri}/", "")  # a ranking is published, and a run is moved
             self.loaded = path, found, found.denoiser(self.config.weights == "raw").to(self.device)
         _, found, denoiser = self.loaded
         betas = schedules.betas(**found.config.schedule.model_dump())
         shape = tuple(found.meta["image_shape"])
         try:
-            images = sample_images(denoiser, betas, shape, self.config.sampler, shard.first, shard.count, self.device)
+            with too_little_memory_is(self._out_of_memory):
+                images = sample_images(
+                    denoiser, betas, shape, self.config.sampler, shard.first, shard.count, self.device
+                )
+                judged = self.extractor.extract(images)
         except FloatingPointError as error:
             return str(error)
-        judged = self.extractor.extract(images)
         buffer = io.BytesIO()
         kept = images[: max(0, KEPT_IMAGES - shard.first)]
         np.savez(buffer, probabilities=judged.probabilities, features=judged.features, images=kept)
@@ -103,6 +108,17 @@ class ShardWorker:
         # Last, for this is the file that says that a shard is done.
         self.run.write(shard.path, buffer.getvalue())
         return None
+
+    def _out_of_memory(self) -> str:
+        block = self.config.sampler.block_size
+        remedy = (
+            f"set final.sampler.block_size to {block // 2} in {self.run.uri}/config.yaml (for all trials: other blocks "
+            f"are other images), then: ddpm-search resume {self.run.uri}"
+            if block > 1
+            else "use a device with more"
+        )
+        where = memory_of(torch.device(self.device))
+        return f"{where} is too small to draw {block:,} images at once (final.sampler.block_size={block}); {remedy}"
 
 
 ShardActor: Any = ray.remote(max_restarts=3, max_task_retries=3)(ShardWorker)
@@ -125,7 +141,8 @@ def draw(
     A worker that is lost costs the shards in flight: Ray starts it again, up to three times, then this does, three in
     all. One that has nothing to do gives its place back, for one that is started again may have lost its own.
     Returns trial → reason, of trials whose images are not finite or whose checkpoint is damaged. Raises ray's own
-    error where workers die, or are killed for their memory, again and again.
+    error where workers die, or are killed for their memory, again and again, and TooLittleMemoryError where a block of
+    images does not fit.
     """
     assert workers >= 1
     reasons: dict[str, str] = {}
@@ -133,8 +150,8 @@ def draw(
     for candidate in candidates:
         try:
             shards += _shards(run, candidate, config, reference)
-        except (FileNotFoundError, ValueError, KeyError) as error:
-            reasons[candidate.trial] = f"its checkpoint cannot be read: {error}"
+        except checkpoint.BrokenCheckpointError as error:
+            reasons[candidate.trial] = str(error)
     waiting = [shard for shard in reversed(shards) if not _is_done(run, shard, config)]
     total = sum(shard.count for shard in shards)
     done = total - sum(shard.count for shard in waiting)
@@ -170,6 +187,10 @@ def draw(
                 waiting.append(shard)
                 idle.append(worker())
                 continue
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, TooLittleMemoryError):
+                    raise error.cause from error
+                raise
             idle.append(actor)
             if reason:
                 reasons[shard.candidate.trial] = reason
@@ -195,7 +216,7 @@ def ranking(
     score without splits; `dropped` images are left over by whole splits, and only by the score.
     """
     drawn = {c.trial: _read(run, c, config, reference) for c in candidates if c.trial not in notes}
-    steps = {c.trial: _steps(run, c, config) for c in candidates if c.trial in drawn}
+    steps = {c.trial: min(config.sampler.steps, _identity(run, c)[1]) for c in candidates if c.trial in drawn}
     repeats = {c.trial: c.repeats for c in candidates}
     samples = [TrialSamples(t, judged.probabilities, judged.features, None, repeats[t]) for t, judged in drawn.items()]
     samples += [TrialSamples(trial, reason=reason, repeats=repeats.get(trial)) for trial, reason in notes.items()]
@@ -284,14 +305,22 @@ def kept_images(run: Storage, candidate: Candidate, ranked: Mapping[str, Any]) -
     Raises FileNotFoundError where they are no longer there, cannot be read, or were drawn by another version.
     """
     drawn = {name: ranked[name] for name in ("images", "sampler", "weights") if name in ranked}
-    shards = _shards_judged(
-        run, candidate, FinalStageConfig.model_validate(drawn), ranked["extractor"], ranked.get("judge")
-    )
-    parts = []
-    for shard in shards:
-        if shard.first < KEPT_IMAGES:
-            parts.append(_results(run, shard)["images"])
-    return np.concatenate(parts)
+    asked = FinalStageConfig.model_validate(drawn)
+    try:
+        shards = _shards_judged(run, candidate, asked, ranked["extractor"], ranked.get("judge"))
+    except checkpoint.BrokenCheckpointError as error:
+        raise FileNotFoundError(str(error)) from error
+    return np.concatenate([_results(run, shard)["images"] for shard in shards if shard.first < KEPT_IMAGES])
+
+
+def _identity(run: Storage, candidate: Candidate) -> tuple[str, int]:
+    """A checkpoint's SHA-256, and its schedule's T. Raises BrokenCheckpointError."""
+    try:
+        meta = run.read_json(f"{candidate.checkpoint}/checkpoint.json")
+        return meta["sha256"], int(meta["config"]["schedule"]["steps"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        why = str(error).replace(f"{run.root}/", "")
+        raise checkpoint.BrokenCheckpointError(f"checkpoint {candidate.checkpoint} cannot be read: {why}") from error
 
 
 def _shards(run: Storage, candidate: Candidate, config: FinalStageConfig, reference: Reference) -> list[Shard]:
@@ -303,7 +332,7 @@ def _shards_judged(
 ) -> list[Shard]:
     """A folder a setting: results of another checkpoint, sampler or extractor are never taken for these."""
     settings = {
-        "checkpoint": run.read_json(f"{candidate.checkpoint}/checkpoint.json")["sha256"],
+        "checkpoint": _identity(run, candidate)[0],
         "sampler": config.sampler.model_dump(),
         "weights": config.weights,
         "extractor": extractor,
@@ -343,25 +372,14 @@ def _results(run: Storage, shard: Shard) -> dict[str, np.ndarray]:
     raise FileNotFoundError(f"{shard.path} is cut or damaged ({why}); ddpm-search evaluate draws it again")
 
 
-def _steps(run: Storage, candidate: Candidate, config: FinalStageConfig) -> int:
-    schedule = run.read_json(f"{candidate.checkpoint}/checkpoint.json")["config"]["schedule"]
-    return min(config.sampler.steps, int(schedule["steps"]))
-
-
 def _is_done(run: Storage, shard: Shard, config: FinalStageConfig) -> bool:
-    if not run.exists(shard.path) or (config.keep_images and not run.exists(shard.images)):
-        return False
     try:
         _results(run, shard)
+        return not config.keep_images or holds_images(run.read(shard.images), shard.first, shard.count)
     except FileNotFoundError:
         return False
-    return True
 
 
 def _read(run: Storage, candidate: Candidate, config: FinalStageConfig, reference: Reference) -> Extraction:
-    parts = []
-    for shard in _shards(run, candidate, config, reference):
-        results = _results(run, shard)
-        parts.append((results["probabilities"], results["features"]))
-    probabilities, features = zip(*parts, strict=True)
-    return Extraction(np.concatenate(probabilities), np.concatenate(features))
+    drawn = (_results(run, shard) for shard in _shards(run, candidate, config, reference))
+    return Extraction.joined(Extraction(results["probabilities"], results["features"]) for results in drawn)

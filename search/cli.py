@@ -113,6 +113,7 @@ def _go(settings: Any, place: Any, splits: Any, address: str) -> None:
 @app.command()
 def status(path: RunPath, as_json: Json = False) -> None:
     """The trials of a run, while it works and after."""
+    from evaluation.report_words import base_space
     from search import budget, watch
     from search.records import confirmations, read_ranking, read_run
 
@@ -129,14 +130,15 @@ def status(path: RunPath, as_json: Json = False) -> None:
     if metric == "auto":
         judged = any(rung["frechet"] is not None for row in rows for rung in row.rungs)
         metric = "frechet" if judged or not any(row.rungs for row in rows) else "grid_loss"
-    console.print(watch.trials_table(rows, metric, settings["train"]["epochs"]))
+    epochs, space = settings["train"]["epochs"], base_space(settings)
+    console.print(watch.trials_table(rows, metric, epochs, space=space))
     if ended := budget.read(place).get("ended"):
         console.print(f"The search ended: {ended}.")
     if repeats:
-        again = watch.trials_table([row for _, row in repeats], metric, settings["train"]["epochs"])
+        again = watch.trials_table([row for _, row in repeats], metric, epochs, space=space)
         console.print("\nThe best, trained again from new seeds:", again)
     if ranking := read_ranking(place):
-        console.print("", watch.ranking_table(ranking))
+        console.print("", watch.ranking_table(ranking, space))
 
 
 @app.command()
@@ -168,11 +170,12 @@ def evaluate(
 @app.command()
 def rank(path: RunPath, as_json: Json = False) -> None:
     """The ranking, with confidence intervals and ties."""
+    from evaluation.report_words import base_space
     from search import watch
     from search.config import UserError
     from search.records import read_ranking, read_run
 
-    _, place, _ = read_run(path)
+    settings, place, _ = read_run(path)
     ranking = read_ranking(place)
     if ranking is None:
         raise UserError(
@@ -181,7 +184,7 @@ def rank(path: RunPath, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(ranking, indent=2))
     else:
-        console.print(watch.ranking_table(ranking), watch.ranking_notes(ranking), sep="\n")
+        console.print(watch.ranking_table(ranking, base_space(settings)), watch.ranking_notes(ranking), sep="\n")
 
 
 @app.command()

@@ -17,8 +17,10 @@ from evaluation.stage import Candidate
 from search import budget, tuner
 from search.config import SearchConfig
 from search.interrupt import Interrupt
-from search.records import CONFIRM, Records, Row, confirmations
+from search.records import CONFIRM, OPEN, Records, Row, confirmations
 from trainer.storage import Storage
+
+NOT_CHOSEN = "not among those that the newest ranking confirms"
 
 
 def train_again(
@@ -58,10 +60,12 @@ def plan(config: SearchConfig, run: Storage, chosen: Sequence[Row]) -> tuple[Rec
     """The table with a row for each new training, trial → trial it repeats, and the search that trains just these."""
     earlier, records = confirmations(run), Records.load(run.at(CONFIRM))
     parents: dict[str, str] = {}
+    wanted = config.final.confirm.seeds
     for row in chosen:
-        own = {again.trial: again.seed for repeated, again in earlier if repeated == row.trial}
+        trained = [again for repeated, again in earlier if repeated == row.trial]
+        own = {again.trial: again.seed for n, again in enumerate(trained) if n < wanted or _done(again)}
         number = 0
-        while len(own) < config.final.confirm.seeds:
+        while len(own) < wanted:
             number += 1
             name = f"{row.trial}-seed{number}"  # its number: only earlier versions had the seed itself there
             seed = new_seed(row.seed, name)
@@ -69,9 +73,24 @@ def plan(config: SearchConfig, run: Storage, chosen: Sequence[Row]) -> tuple[Rec
                 own[name] = seed
                 records.add(Row(trial=name, source="suggested", seed=seed, state="waiting", **row.params()))
         parents |= dict.fromkeys(own, row.trial)
+    for again in records:  # a ranking by other settings chose, or an interruption came before it was done
+        if again.trial in parents and again.reason == NOT_CHOSEN:
+            records.update(again.trial, state="waiting", reason=None)
+        elif again.trial not in parents and not _done(again):
+            records.update(again.trial, state="stopped", reason=NOT_CHOSEN)
     to_the_end = config.early_stopping.model_copy(update={"scheduler": "none"})
-    changed = {"trials": len(records), "known_points": (), "early_stopping": to_the_end}
+    # The name is what Optuna's study, Ray's dashboard and Prometheus tell the two searches apart by.
+    changed = {
+        "name": f"{config.name}-confirm",
+        "trials": len(records),
+        "known_points": (),
+        "early_stopping": to_the_end,
+    }
     return records, parents, config.model_copy(update=changed)
+
+
+def _done(again: Row) -> bool:
+    return again.state not in OPEN and again.reason != NOT_CHOSEN
 
 
 def new_seed(first: int, trial: str) -> int:

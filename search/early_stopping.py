@@ -68,8 +68,9 @@ class RungScheduler(Live, FIFOScheduler):
                 seconds = max(row.worker_seconds, result.get("worker_seconds", 0.0))
                 self.records.update(key, state="failed", reason=failure, worker_seconds=seconds)
             return TrialScheduler.STOP
-        root = f"{self.records.run.root}/"
+        # Where a worker sees the run, and what its links lead to, is that node's own.
         path = result.get("checkpoint_path")
+        path = f"train/{key}/{path.rpartition('/')[2]}" if path else None
         decided = self.records[key].rung(epoch) is not None  # a report that comes twice is compared once
 
         def decide(row: Row) -> dict[str, Any]:
@@ -79,7 +80,7 @@ class RungScheduler(Live, FIFOScheduler):
                 return {"state": "stopped", "reason": reason}
             return {}
 
-        row = self.records.report(key, result, path.removeprefix(root) if path else None, decide)
+        row = self.records.report(key, result, path, decide)
         # The process of a completed one ends by itself: nothing of it is cut short by a stop.
         return TrialScheduler.STOP if row.state == "stopped" else TrialScheduler.CONTINUE
 

@@ -1,6 +1,5 @@
 """What a run leaves: its ranking shown, the report, the export and samples of its winner; and each of them again."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import platform
@@ -31,12 +30,19 @@ def finish(config: SearchConfig, run: Storage, records: Records, splits: Splits,
     """Report, export and samples of the winner, from what the final stage left."""
     ranked = read_ranking(run)
     if ranked:
-        console.print(watch.ranking_table(ranked), watch.ranking_notes(ranked), "", sep="\n")
+        table = watch.ranking_table(ranked, config.train.schedule.space)
+        console.print(table, watch.ranking_notes(ranked), "", sep="\n")
     write_report(config, run, records, splits, ranked)
     console.print(f"Report:   {run.at(REPORT).uri}")
     winner = _winner(ranked) if ranked else None
     if winner is not None and ranked is not None:
-        export_trial(config, run, records, ranked, winner, None, console)
+        try:
+            export_trial(config, run, records, ranked, winner, None, console)
+        except checkpoint.BrokenCheckpointError as error:
+            raise UserError(
+                f"the winner, {winner}, cannot be exported: {error}; restore it from a copy, or export another: "
+                f"ddpm-search export {run.uri} --trial TRIAL --out FOLDER"
+            ) from error
 
 
 def export_trial(
@@ -63,17 +69,19 @@ def export_trial(
     found = checkpoint.load(run.at(row.checkpoint))
     entries = ranked["trials"] if ranked else []
     entry = next((e for e in entries if trial == e["trial"] or trial in (e.get("seeds") or ())), None)
-    raw = (weights or (ranked or {}).get("weights", config.final.weights)) == "raw"
+    weights = weights or (ranked or {}).get("weights", config.final.weights)
+    raw = weights == "raw"
     text = card.model_card(config.name, dataclasses.asdict(row), found, ranked, entry, raw, torch_export)
-    provenance = {"run": config.name, "trial": trial, "checkpoint": row.checkpoint, "checkpoint_meta": found.meta}
-    provenance["weights"] = "raw" if raw else "ema"
+    provenance = {"run": config.name, "trial": trial, "checkpoint": row.checkpoint, "weights": weights}
+    provenance["checkpoint_meta"] = card.published(found.meta)
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(run.root) if run.is_local else Path(scratch)
         folder, picture = (out, out / "samples.png") if out else (home / "export", home / "samples.png")
-        export.export_pipeline(found, folder, text, provenance, raw, torch_export)
-        images = _ranked_images(run, ranked, trial, row.checkpoint, "raw" if raw else "ema")
+        sampler = SamplerConfig.model_validate(ranked["sampler"]) if ranked else config.final.sampler
+        export.export_pipeline(found, folder, sampler, text, provenance, raw, torch_export)
+        images = _ranked_images(run, ranked, trial, row.checkpoint, weights)
         if images is None:
-            images = _drawn_here(folder, config.final.sampler, console)
+            images = _drawn_here(folder, sampler, console)
         pictures.save_grid_png(picture, images)
         if out is None and not run.is_local:
             for file in (*folder.rglob("*"), picture):
@@ -98,7 +106,7 @@ def _ranked_images(
 
 def _drawn_here(folder: Path, sampler: SamplerConfig, console: Console) -> np.ndarray:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    denoiser, betas, shape = export.load_export(folder)
+    denoiser, betas, shape, _ = export.load_export(folder)
     needed = sampler.model_copy(update={"block_size": min(sampler.block_size, SAMPLES)})
     with watch.progress_bar(console, f"Drawing {SAMPLES} images") as progress:
         return sample_images(
@@ -110,13 +118,15 @@ def write_report(
     config: SearchConfig, run: Storage, records: Records, splits: Splits, ranked: dict[str, Any] | None
 ) -> None:
     """RUN/report/index.html, from whatever there is."""
-    samples = {}
+    samples, lost = {}, {}
     if ranked:
         for row in ranked["trials"]:
-            if row["rank"] is not None and row.get("checkpoint"):
-                candidate = stage.Candidate(row["best_seed"], row["checkpoint"])
-                with contextlib.suppress(FileNotFoundError):  # deleted since, to save space
+            if row["rank"] is not None:
+                candidate = stage.Candidate(row.get("best_seed") or row["trial"], row.get("checkpoint") or "")
+                try:
                     samples[row["trial"]] = stage.kept_images(run, candidate, ranked)
+                except FileNotFoundError as error:  # perhaps deleted, to save space
+                    lost[row["trial"]] = str(error).replace(f"{run.root}/", "")
     logged = {}
     for trial in run.names("tensorboard"):
         with tempfile.TemporaryDirectory() as scratch:
@@ -132,6 +142,7 @@ def write_report(
         confirming_seconds=sum(row.worker_seconds for _, row in confirmations(run)),
         ranking=ranked,
         samples=samples,
+        lost=lost,
         real_samples=splits.held_out.pixels[splits.held_out.drawn(SAMPLES)],
         events=logged,
         commands=_commands(config, run, ranked),

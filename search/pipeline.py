@@ -23,6 +23,7 @@ from search.prepare import choose_metric, judge_of
 from search.records import CONFIG, RANKING, Records, Row
 from trainer import data
 from trainer.data import Splits
+from trainer.failures import TooLittleMemoryError
 from trainer.storage import Storage
 
 
@@ -145,7 +146,8 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
             console.print(f"Searching: {left} trials of {config.train.epochs} epochs, {at_once} at once\n")
             ended = tuner.search(config, run, records, scorer, placement, allowed, interrupt, console)
             console.print(f"The search ended: {ended}.")
-            table = watch.trials_table(records, scorer.metric, config.train.epochs)
+            space = config.train.schedule.space
+            table = watch.trials_table(records, scorer.metric, config.train.epochs, space=space)
             console.print(table, *watch.reasons(records), "", sep="\n")
         else:
             tuner.tidy(run, records)
@@ -197,7 +199,10 @@ def evaluate(
         cluster = _with_room((1, 1, None), ray, console)  # nodes may have come and gone since the search began
         with watch.progress_bar(console, what) as progress:
             slots, memory = sum(cluster.slots()), cluster.memory()
-            notes.update(stage.draw(run, drawn, config.final, judge, slots, cluster.use_gpu, progress, memory))
+            try:
+                notes.update(stage.draw(run, drawn, config.final, judge, slots, cluster.use_gpu, progress, memory))
+            except TooLittleMemoryError as error:
+                raise UserError(str(error)) from error
         return stage.ranking(run, candidates, config.final, judge, notes)
 
     result = ranking()

@@ -13,6 +13,7 @@ import ray
 import torch
 from rich.console import Console
 
+from evaluation.report_words import label
 from evaluation.rung import RungScorer
 from evaluation.sampling import sample_images
 from search import space
@@ -21,7 +22,6 @@ from search.disk import disk_bytes, expected_checkpoint_bytes, size
 from search.records import Records
 from search.searcher import HonestOptunaSearch
 from search.space_config import Range, Searched
-from search.watch import schedule_label
 from trainer import checkpoint, data, local, loop, schedules
 from trainer.storage import Storage
 
@@ -177,6 +177,7 @@ def describe(config: SearchConfig, metric: str) -> dict[str, Any]:
         known = [row.params() | {"screened" if row.state == "screened" else "reused": row.reason} for row in records]
     families = {family: space.parameters(config, family) for family in config.space.families}
     return {
+        "read_as": config.train.schedule.space,
         "space": {family: {n: _range(v) for n, v in named.items()} for family, named in families.items()},
         "choices": {name: list(values) for name, values in config.space.train.items()},
         "known_points": known,
@@ -202,7 +203,7 @@ def show(plan: dict[str, Any], console: Console) -> None:
     console.print("Known points, tried first")
     for point in plan["known_points"]:
         said = next((f"{key}: {point[key]}" for key in ("screened", "reused") if point.get(key)), "passes the screen")
-        console.print(f"  {schedule_label(point):<32}{said}")
+        console.print(f"  {label(point, plan['read_as']):<32}{said}")
     console.print(
         f"Trials           {plan['trials']}, {plan['trials_at_once']} at once, {plan['steps']:,} steps "
         f"({plan['epochs']} epochs) each\n"

@@ -78,7 +78,8 @@ def search(
 
     Raises KeyboardInterrupt where the user interrupted it: running trials stay `running` in the record.
     """
-    view = SearchView(console, records, scorer.metric, config.train.epochs, config.trials)
+    train = config.train
+    view = SearchView(console, records, scorer.metric, train.epochs, config.trials, train.schedule.space)
     ended = None
     try:
         with view.shown():

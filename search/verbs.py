@@ -122,15 +122,17 @@ def sample(folder: Path, out: Path, images: int, sampler: str, steps: int, seed:
     from evaluation.sampling import sample_images
     from search.watch import progress_bar
 
+    asked = {"name": sampler, "steps": steps, "seed": seed}
     try:
-        settings = SamplerConfig.model_validate({"name": sampler, "steps": steps, "seed": seed})
+        SamplerConfig.model_validate(asked)
     except ValidationError as error:
         said = "; ".join(f"--{explain(e)}" for e in error.errors())
         raise UserError(said.replace("--name:", "--sampler:")) from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         files.check_out(out)
-        denoiser, betas, shape = export.load_export(folder)
+        denoiser, betas, shape, ranked_by = export.load_export(folder)
+        settings = ranked_by.model_copy(update=asked)
         with progress_bar(console, f"Drawing {images:,} images") as progress:
             drawn = sample_images(
                 denoiser.to(device), betas, shape, settings, 0, images, device, lambda done: progress(done, images)

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from evaluation.report_words import label
 from search.records import ENDED, OPEN, Records, Row
-from trainer.config import ScheduleConfig
 
 SHOWN = 16  # rows of the live table
 WRAPPED_WIDTH = 24  # characters that a column of several lines needs at least
@@ -23,16 +23,6 @@ STATE_STYLE = {
     "screened": "magenta", "failed": "red",
 }  # fmt: skip
 METRIC_TITLES = {"frechet": "Fréchet", "score": "score", "grid_loss": "grid loss"}
-
-
-def schedule_label(row: Row | dict[str, Any]) -> str:
-    """cosine(0, 1, tau 1): the schedule of a row of the trials table or of ranking.json."""
-    of = row if isinstance(row, dict) else vars(row)
-    schedule = ScheduleConfig.model_construct(
-        **{name: of[name] for name in ("family", "start", "end", "tau")},
-        space=(of.get("settings") or {}).get("schedule.space", "alpha_bar"),
-    )
-    return schedule.label()
 
 
 def settings_label(settings: dict[str, Any]) -> str:
@@ -99,8 +89,10 @@ class FittedTable:
         yield table
 
 
-def trials_table(rows: Iterable[Row], metric: str, epochs: int, limit: int | None = None) -> FittedTable:
-    """The trials, best first."""
+def trials_table(
+    rows: Iterable[Row], metric: str, epochs: int, limit: int | None = None, space: str = "alpha_bar"
+) -> FittedTable:
+    """The trials, best first. space: how the base training reads a schedule."""
     rows, both = list(rows), metric != "score"
     varied = any(row.settings for row in rows)
     table = FittedTable(
@@ -114,7 +106,7 @@ def trials_table(rows: Iterable[Row], metric: str, epochs: int, limit: int | Non
         last = row.rungs[-1] if row.rungs else {}
         values = [last.get(metric)] + ([last.get("score")] if both else [])
         table.add_row(
-            row.trial, schedule_label(row), f"{row.learning_rate:.1e}", f"{row.dropout:.2f}",
+            row.trial, label(vars(row), space), f"{row.learning_rate:.1e}", f"{row.dropout:.2f}",
             *([settings_label(row.settings)] if varied else []), f"{row.epoch}/{epochs}",
             *("–" if value is None else f"{value:.4g}" for value in values), f"{row.worker_seconds:.0f}",
             Text(row.state, style=STATE_STYLE.get(row.state, "")), Text(row.reason or "", style="dim"),
@@ -133,8 +125,11 @@ def reasons(rows: Iterable[Row]) -> list[Text]:
 class SearchView:
     """The leaderboard of a running search: live in a terminal, a line a finished trial elsewhere."""
 
-    def __init__(self, console: Console, records: Records, metric: str, epochs: int, trials: int):
+    def __init__(
+        self, console: Console, records: Records, metric: str, epochs: int, trials: int, space: str = "alpha_bar"
+    ):
         self.console, self.records, self.metric, self.epochs, self.trials = console, records, metric, epochs, trials
+        self.space = space
         self.began = time.monotonic()
         self.epochs_before = sum(row.epoch for row in records)
         self.said = {row.trial: row.state for row in records}
@@ -160,7 +155,7 @@ class SearchView:
         return unstarted * length + sum(max(length - epoch, 0.0) for epoch in left)
 
     def __rich__(self) -> Group:
-        table = trials_table(self.records, self.metric, self.epochs, SHOWN)
+        table = trials_table(self.records, self.metric, self.epochs, SHOWN, self.space)
         return Group(table, *reasons(self.records), Text(self.summary(), style="bold"))
 
     def changed(self) -> None:
@@ -173,7 +168,8 @@ class SearchView:
             self.said[row.trial] = row.state
             if row.state not in OPEN:
                 self.console.print(
-                    f"{row.trial}  {schedule_label(row)}  {row.state}" + (f": {row.reason}" if row.reason else "")
+                    f"{row.trial}  {label(vars(row), self.space)}  {row.state}"
+                    + (f": {row.reason}" if row.reason else "")
                 )
 
     @contextlib.contextmanager
@@ -200,8 +196,8 @@ def progress_bar(console: Console, what: str) -> Iterator[Callable[[int, int], N
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def ranking_table(ranking: dict[str, Any]) -> FittedTable:
-    """ranking.json as a table, with the real images above and the noise below."""
+def ranking_table(ranking: dict[str, Any], space: str = "alpha_bar") -> FittedTable:
+    """ranking.json as a table, with the real images above and the noise below. space: as of `trials_table`."""
     score_name = ranking["score_name"]
     table = FittedTable(
         Column("rank"), Column("trial", "left"), Column("schedule", "left"), Column("lr", leaves=6),
@@ -222,7 +218,7 @@ def ranking_table(ranking: dict[str, Any]) -> FittedTable:
         start = [
             str(row["rank"] or "–"),
             row["trial"],
-            schedule_label(row),
+            label(row, space),
             f"{row['learning_rate']:.1e}",
             f"{row['dropout']:.2f}",
         ]

@@ -1,11 +1,12 @@
 """The model card: what was trained, on what and under which licence, and how good it is."""
 
+import json
 from typing import Any
 
 import pytest
 import torch
 
-from evaluation.card import LICENCES, model_card
+from evaluation.card import LICENCES, model_card, published
 from trainer import model
 from trainer.checkpoint import Checkpoint
 from trainer.config import TrainConfig
@@ -74,6 +75,25 @@ def test_the_data_s_licence_is_said_of_every_data_set_that_is_known_by_name(name
 @pytest.mark.parametrize("name", ["folder:/data/mine", "parquet:/data/mine/train-*.parquet"])
 def test_of_a_user_s_own_data_nothing_is_claimed(name):
     assert table_of(trained(data={"name": name}))["Licence of the data"] == "the licence of your own data applies"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("folder:/home/me/secret/birds", "folder:birds"),
+        ("folder:~/secret/birds/", "folder:birds"),
+        ("parquet:/home/me/secret/train-*.parquet", "parquet:train-*.parquet"),
+        ("cifar10", "cifar10"),
+    ],
+)
+def test_an_export_that_is_published_names_no_folder_of_its_maker_s(name, shown):
+    own = trained(data={"name": name, "root": "/home/me/secret"})
+    said = model_card("a search", ROW, own, None, None)
+    assert f"# DDPM of {shown}: " in said
+    assert table_of(own)["Data"].startswith(f"{shown}; trained on 80%")
+    for text in (said, json.dumps(published(own.meta))):
+        assert "secret" not in text
+        assert shown in text
 
 
 def test_scores_of_other_weights_are_not_put_on_a_card():

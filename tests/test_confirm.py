@@ -66,6 +66,34 @@ def test_of_a_run_that_has_repeats_only_those_that_are_missing_are_trained(recor
     assert tuner.trials_left(settings, again) == max(0, 3 - done)
 
 
+def test_what_is_no_longer_asked_for_is_not_trained_and_waits_to_be_chosen_again(records, row):
+    """`evaluate` ranked by another setting, or fewer seeds are asked for, while earlier repeats were not done."""
+    first, second = row("t0001-cosine"), row("t0002-cosine")
+    more = ConfirmConfig(top=1, seeds=4)
+    more = CONFIG.model_copy(update={"final": CONFIG.final.model_copy(update={"confirm": more})})
+    again, _, _ = confirm.plan(more, records.run, [first])
+    again.update("t0001-cosine-seed1", state="completed")
+    again.update("t0001-cosine-seed2", state="running", epoch=3)
+
+    def trained(config: SearchConfig, chosen: list[Any]) -> list[str]:
+        table, parents, settings = confirm.plan(config, records.run, chosen)
+        searcher = HonestOptunaSearch(settings, "frechet", table, None)
+        left = tuner.trials_left(settings, table)
+        begun = [searcher.suggest(f"tune{number}") for number in range(left)]
+        assert {trial["trial"] for trial in begun} <= parents.keys()
+        return [trial["trial"].removeprefix("t000") for trial in begun]
+
+    assert trained(CONFIG, [second]) == [f"2-cosine-seed{number}" for number in (1, 2, 3)]
+    assert trained(CONFIG, [first]) == ["1-cosine-seed2", "1-cosine-seed3"]
+    assert trained(more, [first]) == ["1-cosine-seed2", "1-cosine-seed3", "1-cosine-seed4"]
+    assert Records.load(records.run.at("confirm"))["t0001-cosine-seed2"].epoch == 3
+
+
+def test_the_search_that_confirms_is_another_than_the_one_it_confirms(records, row):
+    """By its name Prometheus, Optuna's dashboard and Ray's tell them apart."""
+    assert confirm.plan(CONFIG, records.run, [row()])[2].name not in (CONFIG.name, "")
+
+
 def test_what_is_trained_already_is_not_trained_again_and_a_failure_is_told(records, row):
     chosen = [row("a", seed=0, state="completed", checkpoint="train/a/c")]
     records.add(chosen[0])

@@ -949,6 +949,19 @@ def test_parquet_without_the_image_column_names_those_it_has(tmp_path):
     assert "int64" in refusal(name=f"parquet:{tmp_path}", image_column="x")
 
 
+def test_what_was_cached_when_a_mistyped_label_column_still_passed_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDPM_SEARCH_CACHE", str(tmp_path / "cache"))
+    path = parquet_of(tmp_path / "a.parquet", [encoded(noise(i, 8, 8)) for i in range(5)], [0, 1, 0, 1, 0])
+    mistyped = DataConfig(name=f"parquet:{path}", label_column="labels")
+    entry = data.load(DataConfig(name=f"parquet:{path}", labels=False)).entry
+    with monkeypatch.context() as earlier:
+        earlier.setattr(data, "CACHE_VERSION", 2)
+        left = data._entry_name(mistyped, data._find(mistyped))
+    images = tmp_path / "cache" / "images"
+    (images / entry).rename(images / left)
+    assert "data.label_column='labels'" in refusal(name=f"parquet:{path}", label_column="labels")
+
+
 def test_a_label_column_that_was_asked_for_and_is_not_there_is_refused(tmp_path):
     """Mistyped, it would leave the data without labels, and the search without its judge."""
     path = parquet_of(tmp_path / "a.parquet", [encoded(noise(i, 8, 8)) for i in range(5)], [0, 1, 0, 1, 0])

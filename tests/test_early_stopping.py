@@ -1,6 +1,7 @@
 """Which trials go on: Ray's own ASHA is the oracle, and the trials table the only memory."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -239,10 +240,19 @@ def test_what_a_failed_training_took_since_its_last_rung_is_on_record(asha, reco
     assert records["t0001"].worker_seconds == 1.0
 
 
-def test_the_checkpoint_is_kept_as_a_path_below_the_run(asha, records):
-    path = f"{records.run.root}/train/t0000/checkpoint_000001"
-    asha.on_trial_result(None, tune_trial("t0000"), result(1, 1.0, checkpoint_path=path))
+@pytest.mark.parametrize("linked", [None, "train", "train/t0000"])
+def test_the_checkpoint_is_kept_as_a_path_below_the_run(asha, records, tmp_path, linked):
+    """Also where a folder of the run is a link to another disk: what that is called is each node's own."""
+    if linked:
+        place, disk = Path(records.run.root, linked), tmp_path / "another disk"
+        place.parent.mkdir(parents=True)
+        disk.mkdir()
+        place.symlink_to(disk)
+    folder = records.run.at("train", "t0000", "checkpoint_000001")
+    folder.write("checkpoint.json", b"")
+    asha.on_trial_result(None, tune_trial("t0000"), result(1, 1.0, checkpoint_path=folder.root))
     assert records["t0000"].checkpoint == "train/t0000/checkpoint_000001"
+    assert records.run.exists(f"{records['t0000'].checkpoint}/checkpoint.json")
 
 
 def test_an_error_s_last_line_is_the_reason(asha, records, tmp_path):

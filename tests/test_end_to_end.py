@@ -260,9 +260,10 @@ def test_the_winner_loads_where_only_diffusers_is(environment, tmp_path):
     assert done.returncode == 0, done.stderr
     found = checkpoint.latest(Storage(out))
     assert found is not None
+    from evaluation.config import SamplerConfig
     from evaluation.export import export_pipeline
 
-    export_pipeline(found[1], tmp_path / "export", "card", {})
+    export_pipeline(found[1], tmp_path / "export", SamplerConfig(), "card", {})
     for name in ("a.npz", "b.npz"):
         drawn = run(
             environment,

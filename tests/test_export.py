@@ -8,15 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from evaluation import export
 from evaluation.config import SamplerConfig
 from evaluation.sampling import block_seed, sample_block
+from search import verbs
 from trainer import model, schedules
 from trainer.checkpoint import Checkpoint
 from trainer.config import ModelConfig, ScheduleConfig, TrainConfig
 
 SHAPE = (1, 8, 8)
+SAMPLER = SamplerConfig()
 
 
 def make_checkpoint(seed: int = 0) -> Checkpoint:
@@ -49,12 +52,12 @@ def checkpoint() -> Checkpoint:
 @pytest.fixture(scope="module")
 def folder(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("export") / "model"
-    export.export_pipeline(checkpoint, out, "# card", {"trial": "t0", "format": "not ours to give"})
+    export.export_pipeline(checkpoint, out, SAMPLER, "# card", {"trial": "t0", "format": "not ours to give"})
     return out
 
 
 def test_loaded_export_is_the_ema_model_its_betas_to_the_last_bit_and_its_shape(checkpoint: Checkpoint, folder: Path):
-    denoiser, betas, shape = export.load_export(folder)
+    denoiser, betas, shape, _ = export.load_export(folder)
     assert betas.dtype == np.float64
     assert (betas == schedules.betas(**checkpoint.config.schedule.model_dump())).all()
     assert shape == SHAPE
@@ -66,7 +69,7 @@ def test_loaded_export_is_the_ema_model_its_betas_to_the_last_bit_and_its_shape(
 
 
 def test_loaded_export_draws_the_checkpoints_images(checkpoint: Checkpoint, folder: Path):
-    denoiser, betas, shape = export.load_export(folder)
+    denoiser, betas, shape, _ = export.load_export(folder)
     sampler = SamplerConfig(steps=5, block_size=2)
     own = sample_block(checkpoint.denoiser(), betas, SHAPE, sampler, 0, "cpu")
     assert (sample_block(denoiser, betas, shape, sampler, 0, "cpu") == own).all()
@@ -89,9 +92,9 @@ def test_folder_holds_what_a_diffusers_pipeline_needs_a_card_and_provenance(fold
 
 def test_earlier_export_and_empty_folder_are_replaced(tmp_path: Path):
     (tmp_path / "out").mkdir()
-    export.export_pipeline(make_checkpoint(0), tmp_path / "out", "first", {})
+    export.export_pipeline(make_checkpoint(0), tmp_path / "out", SAMPLER, "first", {})
     (tmp_path / "out" / "leftover").touch()
-    export.export_pipeline(second := make_checkpoint(5), tmp_path / "out", "second", {})
+    export.export_pipeline(second := make_checkpoint(5), tmp_path / "out", SAMPLER, "second", {})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "README.md").read_text() == "second"
     assert not (tmp_path / "out" / "leftover").exists()
@@ -105,14 +108,14 @@ def test_folder_that_is_no_export_is_refused_and_left_as_it_was(tmp_path: Path, 
     (tmp_path / "mine" / name).write_text('{"format": "another tool"}')
     for out in (tmp_path / "mine", tmp_path / "mine" / name):
         with pytest.raises(FileExistsError, match="give --out a new or an empty folder"):
-            export.export_pipeline(checkpoint, out, "", {})
+            export.export_pipeline(checkpoint, out, SAMPLER, "", {})
     assert (tmp_path / "mine" / name).read_text() == '{"format": "another tool"}'
 
 
 def test_failed_export_leaves_the_earlier_one(tmp_path: Path, checkpoint: Checkpoint):
-    export.export_pipeline(checkpoint, tmp_path / "out", "first", {})
+    export.export_pipeline(checkpoint, tmp_path / "out", SAMPLER, "first", {})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        export.export_pipeline(checkpoint, tmp_path / "out", "second", {"score": float("nan")})
+        export.export_pipeline(checkpoint, tmp_path / "out", SAMPLER, "second", {"score": float("nan")})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "README.md").read_text() == "first"
 
@@ -135,7 +138,7 @@ def test_what_is_no_export_is_not_loaded(tmp_path: Path):
 def test_damaged_export_is_refused_with_a_remedy(
     tmp_path: Path, checkpoint: Checkpoint, file: str, content: bytes | None
 ):
-    export.export_pipeline(checkpoint, tmp_path / "out", "", {})
+    export.export_pipeline(checkpoint, tmp_path / "out", SAMPLER, "", {})
     (tmp_path / "out" / file).unlink()
     if content is not None:
         (tmp_path / "out" / file).write_bytes(content)
@@ -144,17 +147,17 @@ def test_damaged_export_is_refused_with_a_remedy(
 
 
 def test_raw_weights_are_exported_on_request(checkpoint: Checkpoint, tmp_path: Path):
-    export.export_pipeline(checkpoint, tmp_path / "raw", "card", {}, raw=True)
-    loaded, _, _ = export.load_export(tmp_path / "raw")
+    export.export_pipeline(checkpoint, tmp_path / "raw", SAMPLER, "card", {}, raw=True)
+    loaded, *_ = export.load_export(tmp_path / "raw")
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, checkpoint.state["model"][name])
 
 
 @pytest.mark.slow
 def test_torch_exported_denoiser_is_the_model_for_any_batch_up_to_63(checkpoint: Checkpoint, tmp_path: Path):
-    export.export_pipeline(checkpoint, tmp_path / "model", "card", {}, torch_export=True)
+    export.export_pipeline(checkpoint, tmp_path / "model", SAMPLER, "card", {}, torch_export=True)
     program = torch.export.load(tmp_path / "model" / export.TORCH_EXPORT).module()
-    denoiser, _, shape = export.load_export(tmp_path / "model")
+    denoiser, _, shape, _ = export.load_export(tmp_path / "model")
     for count in (1, 5, 63):
         x, t = torch.randn(count, *shape), torch.arange(count) % 20
         with torch.no_grad():
@@ -179,16 +182,29 @@ assert not ours, ours
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 20), ("ddim", 20), ("ddim", 5)])
-def test_diffusers_without_our_code_draws_our_images(folder: Path, tmp_path: Path, sampler: str, steps: int):
-    settings = SamplerConfig(name=sampler, steps=steps, block_size=4, seed=3)  # type: ignore[arg-type]
-    seed = block_seed(settings.seed, 2)
-    arguments = [str(folder), str(tmp_path / "images.npy"), str(seed), "4", str(steps), sampler]
+@pytest.mark.parametrize(
+    ("sampler", "steps", "ranked_by"),
+    [
+        ("ddpm", 20, SAMPLER),
+        ("ddim", 20, SAMPLER),
+        ("ddim", 5, SAMPLER),
+        ("ddpm", 5, SamplerConfig(variance="fixed_large", spacing="leading")),
+    ],
+)
+def test_diffusers_without_our_code_draws_the_images_of_ddpm_search_sample(
+    checkpoint: Checkpoint, tmp_path: Path, sampler: str, steps: int, ranked_by: SamplerConfig
+):
+    export.export_pipeline(checkpoint, tmp_path / "model", ranked_by, "", {})
+    seed = block_seed(3, 0)
+    arguments = [str(tmp_path / "model"), str(tmp_path / "images.npy"), str(seed), "100", str(steps), sampler]
     # -I and another working directory; that the installed packages are not used is checked at the end.
     subprocess.run([sys.executable, "-I", "-c", LOADED_WITHOUT_US, *arguments], cwd=tmp_path, check=True)
-    denoiser, betas, shape = export.load_export(folder)
-    ours = sample_block(denoiser, betas, shape, settings, 2, "cpu")
-    theirs = np.load(tmp_path / "images.npy")
+    verbs.sample(tmp_path / "model", tmp_path / "ours.npz", 100, sampler, steps, 3, Console(quiet=True))
+    theirs, ours = np.load(tmp_path / "images.npy"), np.load(tmp_path / "ours.npz")["images"]
     assert theirs.shape == ours.shape
     assert ours.std() > 10  # else any two grey pictures would agree
     assert np.abs(theirs.astype(int) - ours).max() <= 1
+    # And these are what such a ranking scores.
+    settings = ranked_by.model_copy(update={"name": sampler, "steps": steps, "seed": 3})
+    betas = schedules.betas(**checkpoint.config.schedule.model_dump())
+    assert (sample_block(checkpoint.denoiser(), betas, SHAPE, settings, 0, "cpu") == ours).all()

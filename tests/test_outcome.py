@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import DDPMScheduler
 from PIL import Image
 from rich.console import Console
 
@@ -15,7 +16,7 @@ from evaluation import extractors, pictures, sampling, stage
 from evaluation.extractors import Classifier, ClassifierNet
 from evaluation.stage import Candidate, ShardWorker
 from search import outcome, prepare
-from search.config import SearchConfig, load
+from search.config import SearchConfig, UserError, load
 from search.records import CONFIG, RANKING, Records
 from trainer import checkpoint, data, model
 from trainer.storage import Storage
@@ -108,8 +109,6 @@ def test_finishing_a_scored_run_samples_nothing(finished, monkeypatch):
 
 def test_an_export_of_a_trial_that_was_not_scored_is_sampled_in_a_block_no_larger_than_needed(finished, tmp_path):
     config, run = finished
-    wide = config.final.sampler.model_copy(update={"block_size": 1000})
-    config = config.model_copy(update={"final": config.final.model_copy(update={"sampler": wide})})
     asked: list[int] = []
     drawing = sampling.sample_block
 
@@ -118,6 +117,7 @@ def test_an_export_of_a_trial_that_was_not_scored_is_sampled_in_a_block_no_large
         return drawing(*args, **kwargs)
 
     ranked = run.read_json(RANKING)
+    ranked["sampler"]["block_size"] = 1000
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "sample_block", noted)
         for trial, weights in (("t0001-cosine", None), ("t0000-cosine", "raw")):
@@ -125,6 +125,16 @@ def test_an_export_of_a_trial_that_was_not_scored_is_sampled_in_a_block_no_large
             outcome.export_trial(config, run, Records.load(run), ranked, trial, out, QUIET, weights)
             assert (out / "samples.png").is_file()
     assert asked == [64, 64]
+
+
+def test_an_export_draws_with_the_sampler_of_the_ranking(finished, tmp_path):
+    config, run = finished
+    ranked = run.read_json(RANKING)
+    for variance in ("fixed_small", "fixed_large"):
+        ranked["sampler"]["variance"] = variance
+        outcome.export_trial(config, run, Records.load(run), ranked, "t0000-cosine", tmp_path / "out", QUIET)
+        scheduler = DDPMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
+        assert scheduler.config.variance_type == variance
 
 
 def test_a_run_s_damaged_judge_is_replaced_by_the_machine_s_own(finished, caplog):
@@ -155,6 +165,30 @@ def test_ranked_images_that_are_gone_are_said_to_be_gone(finished, how):
     assert "drawn no images yet" not in page
     assert "no longer at hand" in page
     assert "<code>ddpm-search evaluate</code>" in page
+
+
+def test_a_report_of_a_damaged_checkpoint_is_drawn_and_names_the_trial(finished):
+    _, run = finished
+    place = "train/t0000-cosine/checkpoint_000000001"
+    for content in (b"", b"{}", b"[1]", b"\xff"):
+        run.write(f"{place}/checkpoint.json", content)
+        with pytest.raises(FileNotFoundError, match=f"checkpoint {place} cannot be read"):
+            stage.kept_images(run, Candidate("t0000-cosine", place), run.read_json(RANKING))
+    run.delete(f"{place}/checkpoint.json")
+    outcome.report_again(run.uri, QUIET)
+    page = run.read(outcome.REPORT).decode()
+    assert "<li>t0000-cosine: checkpoint train/t0000-cosine/checkpoint_000000001 cannot be read: " in page
+    assert "no longer at hand" in page
+    assert run.root not in page.partition("no longer at hand")[2].partition("<h2")[0]
+
+
+def test_a_winner_whose_weights_are_damaged_has_a_report_and_a_remedy(finished):
+    """Its images were drawn before, so that the ranking has it."""
+    config, run = finished
+    run.write("train/t0000-cosine/checkpoint_000000001/state.pt", b"cut")
+    with pytest.raises(UserError, match=r"winner, t0000-cosine, .*is damaged.*ddpm-search export .* --trial"):
+        outcome.finish(config, run, Records.load(run), data.load(config.train.data), QUIET)
+    assert run.exists(outcome.REPORT)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """What images are judged by, made of a data set as it is trained on."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -31,6 +33,39 @@ def test_where_training_mirrors_images_the_judge_takes_mirror_images_for_the_sam
     assert accuracy(mirrored=False) == 1.0
     assert accuracy(mirrored=True) < 0.9
     assert accuracy(mirrored=False) == 1.0
+
+
+@pytest.mark.parametrize(("share", "what"), [(0.99, "held out"), (0.01, "to train on")])
+def test_a_single_image_to_judge_by_is_refused_with_a_remedy(tmp_path, monkeypatch, share, what):
+    monkeypatch.setenv("DDPM_SEARCH_CACHE", str(tmp_path / "cache"))
+    splits = data.load(DataConfig(subset=20, train_fraction=max(0.05, min(share, 0.95)), labels=False))
+    monkeypatch.setattr(reference, "_extractor", lambda *_: object())  # is not asked
+    with pytest.raises(ValueError, match=rf"2 images {what} .*train.data.train_fraction=0..5 leaves 1 of 20; change"):
+        reference.prepare(splits, FinalStageConfig(), tmp_path / "cache", "cpu", lambda what: None)
+
+
+@pytest.mark.parametrize("extractor", ["auto", "inception", "classifier"])
+def test_weights_that_are_given_judge_labelled_images_too(tmp_path, monkeypatch, extractor):
+    monkeypatch.setenv("DDPM_SEARCH_CACHE", str(tmp_path / "cache"))
+    splits = data.load(DataConfig(subset=120, train_fraction=0.5))
+    config = FinalStageConfig(extractor=extractor, inception_weights=str(tmp_path / "none.pth"))
+    asked: list[str] = []
+
+    def of_cache(*_: object) -> None:
+        asked.append("classifier")
+
+    monkeypatch.setattr(reference, "cached_classifier", of_cache)
+    with contextlib.suppress(FileNotFoundError):  # of Inception, which looks for its weights
+        reference._extractor(splits, config, tmp_path, "key", "cpu", print, None)
+        assert extractor == "classifier"
+    assert asked == (["classifier"] if extractor == "classifier" else [])
+
+
+def test_weights_are_at_the_place_that_was_meant_wherever_they_are_read(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert FinalStageConfig(inception_weights="w.pth").inception_weights == str(tmp_path / "w.pth")
+    for same in (str(tmp_path / "w.pth"), "~/w.pth", None):
+        assert FinalStageConfig(inception_weights=same).inception_weights == same
 
 
 @pytest.mark.slow

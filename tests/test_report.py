@@ -83,7 +83,7 @@ def ranking(*trials: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def render(rows: list[dict[str, Any]], ranked: dict[str, Any] | None = None, **given: Any) -> str:
-    defaults = {"samples": {}, "real_samples": None, "events": {}}
+    defaults = {"samples": {}, "lost": {}, "real_samples": None, "events": {}}
     defaults |= {"commands": ["ddpm-search run"], "versions": {"torch": "2"}}
     return report.render("digits", given.pop("config", CONFIG), rows, ranked, **(defaults | given))
 

@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import shutil
 import signal
 import threading
@@ -25,6 +26,7 @@ from evaluation.scores import FeatureStatistics
 from evaluation.stage import Candidate, ShardWorker
 from trainer import checkpoint, data, model
 from trainer.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig
+from trainer.failures import TooLittleMemoryError
 from trainer.storage import Storage
 
 SHAPE = (1, 8, 8)
@@ -209,6 +211,44 @@ def test_a_shard_that_is_cut_or_damaged_counts_as_absent_and_is_drawn_again(run,
     assert draw_here(run, [candidate], CONFIG, judge) == {}
     assert stage.ranking(run, [candidate], CONFIG, judge, {}) == ranked
     assert written(run, second.path) == before
+
+
+def test_kept_images_that_are_cut_or_damaged_are_drawn_again(run, judge):
+    candidate, keeping = train(run, "a", 0), CONFIG.model_copy(update={"keep_images": True})
+    draw_here(run, [candidate], keeping, judge)
+    first, _ = stage._shards(run, candidate, keeping, judge)
+    whole = run.read(first.images)
+    rng = np.random.default_rng(0)
+    flipped = [bytearray(whole) for _ in range(60)]
+    for content in flipped:
+        content[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+    cut = [whole[:end] for end in (0, 2, 100, len(whole) - 1)]
+    noticed = 0
+    for content in (*cut, *map(bytes, flipped)):
+        run.write(first.images, content)
+        if stage._is_done(run, first, keeping):  # the byte says nothing, such as a version
+            images = files.read_images(Path(run.root, first.images))
+            assert all((a == b).all() for a, b in zip(images, stage._results(run, first)["images"], strict=False))
+        else:
+            noticed += 1
+    assert noticed > 40
+    run.write(first.images, cut[2])
+    draw_here(run, [candidate], keeping, judge)
+    assert run.read(first.images) == whole
+
+
+def test_too_little_memory_for_a_block_asks_for_a_smaller_one_wherever_it_is_met(run, judge):
+    candidate = train(run, "a", 0)
+    config = CONFIG.model_copy(update={"sampler": SamplerConfig(steps=2, block_size=2**51)})
+    (shard,) = stage._shards(run, candidate, config, judge)
+    with pytest.raises(
+        TooLittleMemoryError, match=rf"final.sampler.block_size to {2**50} in {run.uri}/config.yaml"
+    ) as e:
+        ShardWorker(run, config, "cpu").work(shard, judge.extractor)
+    # As Ray hands it on: pickled, and as the cause of an error of its own.
+    sent = ray.exceptions.RayTaskError("work", "traceback", pickle.loads(pickle.dumps(e.value))).as_instanceof_cause()
+    assert isinstance(sent, ray.exceptions.RayTaskError)
+    assert str(sent.cause) == str(e.value)
 
 
 def test_a_ranking_of_fewer_images_shows_them_as_they_were_ranked(run, judge):

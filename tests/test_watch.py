@@ -6,6 +6,7 @@ import time
 import pytest
 from rich.console import Console
 
+from evaluation.report_words import label
 from search import cli, watch
 from search.records import Records
 from trainer.storage import Storage
@@ -57,7 +58,7 @@ def test_of_the_trials_nothing_is_cut(rows, metric, width):
     assert max(map(len, lines)) <= width
     for row in rows:
         (line,) = (line for line in lines if line.startswith(row.trial))
-        for part in (watch.schedule_label(row), f"{row.epoch}/100", row.state):
+        for part in (label(vars(row)), f"{row.epoch}/100", row.state):
             assert part in line
         value = row.rungs[-1][metric] if row.rungs else None
         assert (f"{value:.4g}" if value is not None else "–") in line
@@ -79,6 +80,28 @@ def test_further_settings_have_a_column_where_there_are_any(rows, row):
     text = rendered(watch.trials_table(varied, "frechet", 100), 200)
     assert "batch_size 32, model.channels [16, 32]" in text
     assert "settings" not in rendered(watch.trials_table(rows, "frechet", 100), 200)
+
+
+@pytest.mark.parametrize("base", ["alpha_bar", "beta"])
+def test_two_readings_of_one_schedule_never_look_alike(tmp_path, row, base):
+    other = {"alpha_bar": "beta", "beta": "alpha_bar"}[base]
+    rows = [row("t0000-cosine"), row("t0001-cosine", settings={"schedule.space": other})]
+    scored = dict(rank=None, score=None, reason=None)
+    ranking = dict(score_name="score", images=9, trials=[vars(own) | scored for own in rows],
+                   real=dict(score=9.0, frechet=0.1, n=9), noise=dict(score=1.0, frechet=9.0, n=9))  # fmt: skip
+    view = watch.SearchView(plain(), table_of(tmp_path, rows), "frechet", 100, trials=2, space=base)
+    view.said = {own.trial: "waiting" for own in rows}
+    for trial in ("t0000-cosine", "t0001-cosine"):
+        view.records.update(trial, state="completed")
+    view.changed()
+    for text in (
+        rendered(watch.trials_table(rows, "frechet", 100, space=base), 160),
+        rendered(watch.ranking_table(ranking, base), 160),
+        rendered(view, 160),
+        view.console.file.getvalue(),  # type: ignore[attr-defined]
+    ):
+        (line,) = (line for line in text.splitlines() if "cosine(0, 1, tau 1) as beta" in line)
+        assert f"t000{int(base == 'alpha_bar')}-cosine" in line
 
 
 def test_the_live_table_says_how_many_more_there_are(rows):
@@ -178,7 +201,7 @@ def test_of_the_ranking_nothing_is_cut(ranking, width):
         (line,) = (line for line in lines if row["trial"] in line.split()[:2])
         assert line.split()[: 1 if row["rank"] else 0] == ([str(row["rank"])] if row["rank"] else [])
         assert [value for value in values if value not in line.split()] == []
-        assert watch.schedule_label(row) in line
+        assert label(row) in line
     real = next(line for line in lines if "real, held out" in line)
     assert "9.890" in real
     assert "N 359" in real

@@ -96,15 +96,15 @@ class DataConfig(Config):
     @classmethod
     def _absolute_name(cls, name: str) -> str:
         kind, _, path = name.partition(":")
-        return f"{kind}:{_absolute(path)}" if path else name
+        return f"{kind}:{absolute(path)}" if path else name
 
     @field_validator("root")
     @classmethod
     def _absolute_root(cls, root: str | None) -> str | None:
-        return _absolute(root) if root else root
+        return absolute(root) if root else root
 
 
-def _absolute(path: str) -> str:
+def absolute(path: str) -> str:
     """Workers, and a run that is resumed, are in other folders than the one that a path was meant from."""
     return path if path.startswith("~") else str(Path(path).absolute())  # ~ is each node's own
 

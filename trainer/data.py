@@ -17,7 +17,7 @@ from trainer.ingest import Progress, decode_all
 if TYPE_CHECKING:
     import torch  # batches alone need it, and what only looks at images need not wait for it
 
-CACHE_VERSION = 2  # raised whenever the same files and settings come to give other pixels or splits
+CACHE_VERSION = 3  # raised whenever the same files and settings come to give other pixels or splits, or are refused
 
 
 @dataclass(frozen=True)

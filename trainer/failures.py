@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,14 +72,24 @@ def memory_of(device: torch.device) -> str:
 
 
 @contextlib.contextmanager
-def explained(config: TrainConfig, worker: Worker) -> Iterator[None]:
-    """Around steps: too little memory, and workers that do not answer, become a WorkerFailedError with a remedy."""
+def too_little_memory_is(said: Callable[[], str]) -> Iterator[None]:
+    """Too little memory in a block becomes a TooLittleMemoryError that says this."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        text = str(error)
         if is_out_of_memory(error):
-            raise TooLittleMemoryError(_out_of_memory(config, worker)) from error
+            raise TooLittleMemoryError(said()) from error
+        raise
+
+
+@contextlib.contextmanager
+def explained(config: TrainConfig, worker: Worker) -> Iterator[None]:
+    """Around steps: too little memory, and workers that do not answer, become a WorkerFailedError with a remedy."""
+    try:
+        with too_little_memory_is(lambda: _out_of_memory(config, worker)):
+            yield
+    except RuntimeError as error:
+        text = str(error)
         if worker.world_size > 1 and ("Timed out" in text or "closed by peer" in text or "reset by peer" in text):
             raise WorkerFailedError(
                 f"another worker did not answer: it died, or it hung for longer than train.hang_seconds="
