@@ -23,8 +23,7 @@ import ray.data
 from benchmarks.common import provenance, write
 from evaluation import reference, stage
 from evaluation.config import FinalStageConfig
-from evaluation.extractors import Classifier
-from evaluation.inception import Inception
+from evaluation.extractors import Extractor
 from evaluation.reference import Reference
 from evaluation.stage import Candidate, Shard, ShardWorker
 from search import config
@@ -39,7 +38,7 @@ CANDIDATE = Candidate("untrained", "train/untrained/checkpoint_000000001")
 class DataWorker:
     """ShardWorker as Ray Data wants it: a batch is one shard."""
 
-    def __init__(self, run: Storage, final: FinalStageConfig, extractor: Classifier | Inception):
+    def __init__(self, run: Storage, final: FinalStageConfig, extractor: Extractor):
         self.worker, self.extractor = ShardWorker(run, final, "cpu"), extractor
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:

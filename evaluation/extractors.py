@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -40,6 +40,25 @@ class Extraction(NamedTuple):
     def joined(cls, parts: Iterable["Extraction"]) -> "Extraction":
         """Of the images of all parts, one part after another."""
         return cls(*(np.concatenate(values) for values in zip(*parts, strict=True)))
+
+
+class Extractor(Protocol):
+    """What judges images: a classifier of the data set's own labels, or Inception V3 (inception.py)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def score_name(self) -> str: ...
+    @property
+    def key(self) -> str:
+        """What its results depend on beside the data set."""
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right answers on held-out images; None where its classes are not the data set's."""
+
+    def extract(self, images: np.ndarray) -> Extraction: ...
+    def to(self, device: str | torch.device) -> Self: ...
 
 
 class _Residual(nn.Module):
@@ -109,6 +128,14 @@ class Classifier:
 
     name = "classifier"
     score_name = "classifier score"
+
+    @property
+    def key(self) -> str:
+        """Of the weights: another machine trains others on the same images."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.net.state_dict().items()):
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
+        return digest.hexdigest()[:12]
 
     def extract(self, images: np.ndarray | Tensor, batch_size: int = 500) -> Extraction:
         """uint8 (N, H, W, C) of the trained size and number of channels → Extraction with K classes and D = 64.

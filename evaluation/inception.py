@@ -25,6 +25,8 @@ class Inception:
 
     name = "inception"
     score_name = "Inception Score"
+    key = "inception"  # its weights are known by their SHA-256
+    accuracy = None
 
     def __init__(self, weights: Path | None = None, device: str | torch.device = "cpu", sha256: str = SHA256) -> None:
         """weights: the file; None takes inception_path(), and downloads the file (91 MiB) to it where it is missing.

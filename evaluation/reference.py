@@ -1,6 +1,5 @@
 """What images are judged by: the extractor, and what it makes of real images and of pure noise."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.config import FinalStageConfig, SamplerConfig
-from evaluation.extractors import Classifier, Extraction, cached_classifier, kept_classifier, train_classifier
+from evaluation.extractors import (
+    Classifier,
+    Extraction,
+    Extractor,
+    cached_classifier,
+    kept_classifier,
+    train_classifier,
+)
 from evaluation.inception import Inception, inception_path
 from evaluation.rung import Metric, RungScorer
 from evaluation.scores import FeatureStatistics
@@ -27,7 +33,7 @@ NOISE_AT_ONCE = 500  # a batch of the classifier, ten of Inception
 class Reference:
     """One extractor's view of a data set. Its memory does not grow with the data."""
 
-    extractor: Classifier | Inception
+    extractor: Extractor
     train: FeatureStatistics
     train_features: np.ndarray  # (at most REAL_IMAGES, D)
     held_out_statistics: FeatureStatistics
@@ -37,8 +43,7 @@ class Reference:
 
     @property
     def accuracy(self) -> float | None:
-        """The classifier's share of right answers on held-out images."""
-        return self.extractor.accuracy if isinstance(self.extractor, Classifier) else None
+        return self.extractor.accuracy
 
 
 def prepare(
@@ -77,13 +82,11 @@ def prepare(
         held_out_statistics=held_out_statistics,
         held_out=judged_held_out,
         noise=Extraction.joined(map(extractor.extract, _noise(max(len(shown), 2), held_out.shape[1:]))),
-        key=f"{key}-{_weights_hash(extractor)}",
+        key=f"{key}-{extractor.key}",
     )
 
 
-def _judged(
-    extractor: Classifier | Inception, pixels: np.ndarray, kept: np.ndarray
-) -> tuple[FeatureStatistics, Extraction]:
+def _judged(extractor: Extractor, pixels: np.ndarray, kept: np.ndarray) -> tuple[FeatureStatistics, Extraction]:
     """Statistics of all images; probabilities and features of the rows `kept`, in their order. One pass."""
     parts, wanted = [], np.zeros(len(pixels), bool)
     wanted[kept] = True
@@ -108,16 +111,6 @@ def _noise(count: int, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         yield np.clip(np.round((drawn + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
-def _weights_hash(extractor: Classifier | Inception) -> str:
-    """Of a classifier, which another machine trains differently; Inception's file is hash-checked already."""
-    if isinstance(extractor, Inception):
-        return extractor.name
-    digest = hashlib.sha256()
-    for name, value in sorted(extractor.net.state_dict().items()):
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
-    return digest.hexdigest()[:12]
-
-
 def _extractor(
     splits: Splits,
     config: FinalStageConfig,
@@ -126,15 +119,15 @@ def _extractor(
     device: str,
     progress: Callable[[str], None],
     run: Storage | None,
-) -> Classifier | Inception | None:
+) -> Extractor | None:
     labelled = splits.train.labels is not None
     weights = Path(config.inception_weights).expanduser() if config.inception_weights else None
     wanted = weights is not None or (not labelled and inception_path().is_file())
     if config.extractor == "inception" or (config.extractor == "auto" and wanted):
         return Inception(weights, device=device)
     if not labelled:
-        if config.extractor == "classifier":
-            raise ValueError("final.extractor is classifier, which needs labels, but the data set has none")
+        if config.extractor != "auto":
+            raise ValueError(f"final.extractor is {config.extractor}, which needs labels, but the data set has none")
         return None
 
     mirrored = splits.config.horizontal_flip  # then half of what a model draws is

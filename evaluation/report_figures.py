@@ -20,7 +20,7 @@ MAX_GREY = 100
 MAX_STRIPS = 24
 GRID_IMAGES = 36
 SMALL_PIXELS = 64  # images up to this size are enlarged without smoothing
-FAMILY_MARKERS: dict[str, str] = dict(zip(schedules.FAMILIES, "os^D", strict=True))
+FAMILY_MARKERS: dict[str, str] = dict(zip(schedules.FAMILIES, "os^DvPX*", strict=False))
 
 
 def name_curves(rows: Sequence[Row], ranked: Mapping[str, Row]) -> dict[str, int]:

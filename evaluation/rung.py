@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from evaluation.config import SamplerConfig
-from evaluation.extractors import Classifier
-from evaluation.inception import Inception
+from evaluation.extractors import Extractor
 from evaluation.pictures import image_grid
 from evaluation.sampling import sample_images
 from evaluation.scores import FeatureStatistics, frechet_distance, inception_score
@@ -41,7 +40,7 @@ class RungScorer:
     is measured. probe: (M, H, W, C) uint8 held-out images for the grid loss.
     """
 
-    extractor: Classifier | Inception | None
+    extractor: Extractor | None
     reference: FeatureStatistics | None
     probe: np.ndarray
     images: int

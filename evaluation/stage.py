@@ -22,9 +22,8 @@ import torch
 
 from evaluation import scores
 from evaluation.config import FinalStageConfig
-from evaluation.extractors import Classifier, Extraction
+from evaluation.extractors import Extraction, Extractor
 from evaluation.files import holds_images, parquet_of
-from evaluation.inception import Inception
 from evaluation.ranking import Distance, RankedTrial, TrialSamples, rank
 from evaluation.reference import Reference
 from evaluation.sampling import sample_images
@@ -75,10 +74,10 @@ class ShardWorker:
 
     def __init__(self, run: Storage, config: FinalStageConfig, device: str):
         self.run, self.config, self.device = run, config, device
-        self.extractor: Classifier | Inception | None = None
+        self.extractor: Extractor | None = None
         self.loaded: tuple[str, checkpoint.Checkpoint, Any] | None = None
 
-    def work(self, shard: Shard, extractor: Classifier | Inception) -> str | None:
+    def work(self, shard: Shard, extractor: Extractor) -> str | None:
         """None, or why this checkpoint has no score."""
         # Comes with the task, not the constructor: Ray restarts an actor without the objects that it was made from.
         self.extractor = self.extractor or extractor.to(self.device)

@@ -1,6 +1,7 @@
 """The direction of imports, and what a light command may import."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -48,6 +49,17 @@ def test_a_light_module_imports_neither_torch_nor_ray(module):
     code = f"import sys, {module}; print(sorted({heavy} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md", "README.md"])
+def test_files_and_names_that_a_page_speaks_of_exist(page):
+    text = (ROOT / page).read_text()
+    spoken_of = re.findall(r"`((?:search|evaluation|trainer|cluster|tests|benchmarks)/[\w/]+\.py)(?::(\w+))?`", text)
+    assert spoken_of or page == "README.md"
+    for path, name in spoken_of:
+        assert re.search(rf"^ *(def|class) {name}\b" if name else "", (ROOT / path).read_text(), re.M), f"{path}:{name}"
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
 def test_every_file_is_short_enough_to_read():

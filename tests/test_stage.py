@@ -45,7 +45,7 @@ def judged_by(extractor: Classifier) -> Reference:
     rng = np.random.default_rng(0)
     train, held_out, noise = (rng.integers(0, 256, (n, 8, 8, 1), dtype=np.uint8) for n in (60, 30, 30))
     features = extractor.extract(train).features
-    key = f"data-{reference._weights_hash(extractor)}"
+    key = f"data-{extractor.key}"
     return Reference(
         extractor,
         FeatureStatistics.of(features),

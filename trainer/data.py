@@ -111,12 +111,11 @@ def _find(config: DataConfig) -> datasets.Source:
         return datasets.Source([], datasets.digits, config.image_size)
     if config.name in published.PUBLISHED:
         return published.find(config)
-    if kind == "parquet" and path:
-        return datasets.parquet(Path(path).expanduser(), config)
-    if kind == "folder" and path:
-        return datasets.folder(Path(path).expanduser(), config)
+    if kind in datasets.AT_A_PATH and path:
+        return datasets.AT_A_PATH[kind](Path(path).expanduser(), config)
     names = ", ".join(("digits", *published.PUBLISHED))
-    raise ValueError(f"data.name must be one of {names}, parquet:PATH or folder:PATH, but got {config.name!r}")
+    places = " or ".join(f"{kind}:PATH" for kind in datasets.AT_A_PATH)
+    raise ValueError(f"data.name must be one of {names}, {places}, but got {config.name!r}")
 
 
 def _rest(splits: Splits) -> Images:

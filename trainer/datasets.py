@@ -52,19 +52,17 @@ def listing(source: Source, config: DataConfig) -> Listing:
     return found if wanted else replace(found, labels=None)
 
 
+def of_items(items: Any, labels: Any, where: Callable[[int], str]) -> Listing:
+    labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+    return Listing(len(items), labels, lambda index: (items[i] for i in index), where)
+
+
 def of_arrays(pixels: np.ndarray, labels: Any, name: str) -> Listing:
-    return Listing(
-        len(pixels), np.asarray(labels, dtype=np.int64), lambda index: (pixels[i] for i in index), f"{name} {{}}".format
-    )
+    return of_items(pixels, labels, f"{name} {{}}".format)
 
 
-def of_files(files: list[Path], labels: list[int] | np.ndarray | None) -> Listing:
-    return Listing(
-        len(files),
-        None if labels is None else np.asarray(labels, dtype=np.int64),
-        lambda index: (files[i] for i in index),
-        lambda i: str(files[i]),
-    )
+def of_files(files: list[Path], labels: Any) -> Listing:
+    return of_items(files, labels, lambda i: str(files[i]))
 
 
 def digits() -> Listing:
@@ -265,3 +263,10 @@ def _classes(columns: list[Any], config: DataConfig) -> np.ndarray:
     if values.dtype.kind == "i" and values.min(initial=0) < 0:
         raise ValueError(f"{name} must be at least 0, but got {values.min()}; or set data.labels to false")
     return np.unique(values, return_inverse=True)[1].astype(np.int64)
+
+
+# What data.name may be with a path behind it.
+AT_A_PATH: dict[str, Callable[[Path, DataConfig], Source]] = {
+    "parquet": parquet,
+    "folder": folder,
+}

@@ -155,8 +155,12 @@ def gamma(family: Family, u: np.ndarray, start: float, end: float, tau: float = 
     check(family, start, end, tau)
     if family == "linear":
         return linear_gamma(u, start, end)
-    curve = {"polynomial": polynomial_gamma, "cosine": cosine_gamma, "sigmoid": sigmoid_gamma}[family]
-    return curve(u, start, end, tau)
+    curves = {
+        "polynomial": polynomial_gamma,
+        "cosine": cosine_gamma,
+        "sigmoid": sigmoid_gamma,
+    }
+    return curves[family](u, start, end, tau)
 
 
 def betas(
