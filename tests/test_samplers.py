@@ -57,18 +57,23 @@ def test_each_family_s_parameters_are_drawn_as_optuna_s_own_tpe_draws_them():
             value = fixed.params["learning_rate"] * 1e3 + fixed.params["dropout"]
             study.add_trial(optuna.trial.create_trial(params=fixed.params, distributions=searched, value=value))
         drawn.append([])
-        for _ in range(150):
+        for _ in range(200):
             trial = study.ask()
             drawn[-1].append(suggest(trial))
             assert trial.params.keys() == space.distributions(config, trial.params["family"]).keys()
             study.tell(trial, state=TrialState.FAIL)  # it says nothing to those after it
+    often = 0
     for family in config.space.families:
         ours, theirs = ([params for params in draws if params["family"] == family] for draws in drawn)
-        assert abs(len(ours) - len(theirs)) < 4 * (len(ours) + len(theirs)) ** 0.5
+        assert abs(len(ours) - len(theirs)) <= 4 * (len(ours) + len(theirs)) ** 0.5
+        if min(len(ours), len(theirs)) < 20:  # TPE may take a family for a bad one
+            continue
+        often += 1
         for name in ours[0].keys() - {"family"}:
             a, b = (np.array([params[name] for params in draws], float) for draws in (ours, theirs))
             error = np.hypot(a.std() / len(a) ** 0.5, b.std() / len(b) ** 0.5)
             assert abs(a.mean() - b.mean()) <= 4.5 * error + 1e-9, (family, name)
+    assert often >= 2
 
 
 def _uniform(rng, distribution):
