@@ -24,7 +24,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a cluster can hold. Slots count workers: a GPU (or a share of one) each where there are GPUs, else a CPU."""
+    """What a cluster can hold. Slots count workers: a GPU (or a share of one) and a CPU each, or a CPU alone."""
 
     nodes: tuple[Node, ...]
 
@@ -32,21 +32,26 @@ class Capacity:
     def use_gpu(self) -> bool:
         return any(node.gpus >= 1 for node in self.nodes)
 
-    def slots(self, per_gpu: int = 1) -> list[int]:
-        """Workers that each node holds, where so many share a GPU. Every worker has a CPU."""
-        if self.use_gpu:
-            return [int(min(int(node.gpus) * per_gpu, node.cpus)) for node in self.nodes]
-        return [int(node.cpus) for node in self.nodes]
+    def worker(self, per_gpu: int = 1) -> dict[str, float]:
+        """What a worker reserves: a CPU, and where there are GPUs one of them, or a share."""
+        return {"CPU": 1.0, "GPU": 1.0 / per_gpu} if self.use_gpu else {"CPU": 1.0}
 
-    def strategy(self, workers: int) -> Literal["STRICT_PACK", "PACK"]:
+    def slots(self, worker: dict[str, float] | None = None) -> list[int]:
+        """Workers that each node holds, where each reserves `worker`, such as one did when a search began."""
+        share = (worker or self.worker()).get("GPU")
+        return [int(min(int(n.gpus) * round(1 / share), n.cpus) if share else n.cpus) for n in self.nodes]
+
+    def strategy(self, workers: int, worker: dict[str, float]) -> Literal["STRICT_PACK", "PACK"]:
         """Ray's word for how one trial's workers are laid: on one node wherever any node is large enough."""
-        return "STRICT_PACK" if max(self.slots(), default=0) >= workers else "PACK"
+        return "STRICT_PACK" if max(self.slots(worker), default=0) >= workers else "PACK"
 
-    def trials_at_once(self, workers: int) -> int:
-        return self.place(workers).at_once
+    def trials_at_once(self, workers: int, worker: dict[str, float]) -> int:
+        """How many trials of so many workers fit, none spread where a node is large enough; 0 where not even one."""
+        slots = self.slots(worker)
+        return sum(count // workers for count in slots) or sum(slots) // workers
 
     def place(self, workers: int, per_gpu: int = 1) -> Placement:
-        """How many trials of so many workers run at once, none spread where a node is large enough.
+        """How trials of so many workers run here.
 
         Raises ValueError where not even one fits, or where workers of one trial would share a GPU.
         """
@@ -55,18 +60,15 @@ class Capacity:
                 f"trials_per_gpu above 1 needs train.workers: 1, for NCCL wants a whole GPU for every worker, "
                 f"but trials_per_gpu is {per_gpu} and train.workers {workers}"
             )
-        slots = self.slots(per_gpu)
-        worker = {"CPU": 1.0, "GPU": 1.0 / per_gpu} if self.use_gpu else {"CPU": 1.0}
-        packed = sum(count // workers for count in slots)
-        if packed:
-            return Placement(packed, worker)
-        if sum(slots) < workers:
-            what = "GPUs" if self.use_gpu else "CPUs"
+        worker = self.worker(per_gpu)
+        at_once = self.trials_at_once(workers, worker)
+        if not at_once:
+            what, most = "GPUs" if self.use_gpu else "CPUs", sum(self.slots(worker))
             raise ValueError(
-                f"train.workers must fit the cluster, which has {what} for {sum(slots)}, but is {workers}; "
-                f"set train.workers to {max(sum(slots), 1)} or add nodes"
+                f"train.workers must fit the cluster, which has {what} for {most}, but is {workers}; "
+                f"set train.workers to {max(most, 1)} or add nodes"
             )
-        return Placement(sum(slots) // workers, worker)  # larger than any node: spread
+        return Placement(at_once, worker)
 
 
 def trials_per_gpu(peak_bytes: int, total_bytes: int) -> int:

@@ -40,7 +40,7 @@ def capacity_(
         what = "GPU" if cluster.use_gpu else "CPU"
         for index, slots in enumerate(cluster.slots()):
             console.print(f"node {index}: {slots} workers, one {what} each")
-        console.print(f"{cluster.trials_at_once(workers)} trials of {workers} workers at once")
+        console.print(f"{cluster.place(workers).at_once} trials of {workers} workers at once")
 
 
 @app.command("doctor")

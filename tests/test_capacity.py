@@ -28,18 +28,18 @@ def capacity(*nodes: tuple[float, float]) -> Capacity:
     ],
 )
 def test_trials_at_once(nodes, workers, at_once):
-    assert capacity(*nodes).trials_at_once(workers) == at_once
+    assert capacity(*nodes).place(workers).at_once == at_once
 
 
 @pytest.mark.parametrize(("nodes", "workers", "what", "most"), [([(2, 0)], 3, "CPUs", 2), ([(8, 1)], 2, "GPUs", 1)])
 def test_what_fits_nowhere_is_refused_with_what_would_fit(nodes, workers, what, most):
     with pytest.raises(ValueError, match=rf"{what} for {most}, but is {workers}; set train.workers to {most} or add"):
-        capacity(*nodes).trials_at_once(workers)
+        capacity(*nodes).place(workers)
 
 
 def test_no_node_at_all_is_refused():
     with pytest.raises(ValueError, match="add nodes"):
-        capacity().trials_at_once(1)
+        capacity().place(1)
 
 
 def test_as_many_workers_as_slots_never_overlap():
@@ -47,15 +47,33 @@ def test_as_many_workers_as_slots_never_overlap():
         cluster = capacity(*nodes)
         total = sum(cluster.slots())
         for workers in range(1, total + 1):
-            assert 1 <= cluster.trials_at_once(workers) <= total // workers
+            assert 1 <= cluster.place(workers).at_once <= total // workers
 
 
 @pytest.mark.parametrize(
     ("nodes", "workers", "strategy"),
-    [([(2, 0), (4, 0)], 3, "STRICT_PACK"), ([(2, 0), (2, 0)], 3, "PACK"), ([(8, 4)], 4, "STRICT_PACK")],
+    [
+        ([(2, 0), (4, 0)], 3, "STRICT_PACK"),
+        ([(2, 0), (2, 0)], 3, "PACK"),
+        ([(8, 4)], 4, "STRICT_PACK"),
+        ([(64, 0), (2, 2), (2, 2)], 3, "PACK"),  # a node without GPUs holds none
+    ],
 )
 def test_workers_are_spread_only_where_no_node_holds_them(nodes, workers, strategy):
-    assert capacity(*nodes).strategy(workers) == strategy
+    cluster = capacity(*nodes)
+    assert cluster.strategy(workers, cluster.worker()) == strategy
+
+
+@pytest.mark.parametrize(
+    ("begun", "now", "slots"),
+    [
+        ([(8, 0), (8, 4)], [(8, 0)], [0]),  # the node with GPUs is gone: what is left is none of their place
+        ([(8, 0), (8, 4)], [(8, 0), (8, 2)], [0, 2]),
+        ([(4, 0)], [(4, 0), (8, 2)], [4, 8]),  # trials that reserve CPUs do so beside GPUs too
+    ],
+)
+def test_slots_are_of_what_a_search_s_workers_reserve_whatever_nodes_there_are_by_now(begun, now, slots):
+    assert capacity(*now).slots(capacity(*begun).worker()) == slots
 
 
 def test_trials_share_a_gpu_and_each_has_a_cpu():
