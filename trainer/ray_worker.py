@@ -6,7 +6,6 @@ import traceback
 from collections.abc import Collection
 from typing import Any
 
-import numpy as np
 import ray.train
 import ray.train.collective
 import ray.train.torch
@@ -108,11 +107,6 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
     first_epoch = resume.meta["epoch"] + 1 if resume else 1
     event_log = EventLog(run.at("tensorboard", setup["name"]), config, first_epoch) if worker.rank == 0 else None
 
-    def log(metrics: loop.Metrics) -> None:
-        assert event_log is not None
-        samples: np.ndarray | None = metrics.pop("samples", None)
-        event_log(metrics, samples)
-
     uploader = Uploader(checkpoints)
 
     def tell(metrics: loop.Metrics, folder: Storage | None = None) -> None:
@@ -144,7 +138,7 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
                 resume=resume,
                 score=setup["score"],
                 rungs=setup["rungs"],
-                log=log,
+                log=event_log or (lambda metrics, samples: None),
                 ready=uploader.ready,
             )
     except Exception as error:
