@@ -125,6 +125,11 @@ class SearchConfig(Config):
         """Trials that share a GPU; one where that is to be measured yet."""
         return 1 if self.trials_per_gpu == "auto" else self.trials_per_gpu
 
+    @property
+    def confirmations(self) -> int:
+        """Trainings from new seeds, at most."""
+        return min(self.final.confirm.top, self.final.top, self.trials) * self.final.confirm.seeds
+
     def training(self, settings: Mapping[str, Any]) -> TrainConfig:
         """The base training with settings such as {batch_size: 32, model.channels: […]}; a group is laid over its own.
 
