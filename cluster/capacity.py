@@ -35,7 +35,7 @@ class Placement:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a cluster can hold. Slots count workers: a GPU (or a share of one) each where there are GPUs, else a CPU."""
+    """What a cluster can hold. Slots count workers: a GPU (or a share of one) and a CPU each, or a CPU alone."""
 
     nodes: tuple[Node, ...]
 
@@ -47,28 +47,35 @@ class Capacity:
     def what(self) -> str:
         return "GPU" if self.use_gpu else "CPU"
 
-    def memory(self, per_gpu: int = 1) -> float:
-        """What every worker reserves of its node's memory: nothing, but where that ends before the GPUs or CPUs do."""
-        hosts = [node for node in self.nodes if node.memory and self._fit(node, per_gpu) >= 1]
-        if all(self._fit(node, per_gpu) <= node.memory // WORKER_BYTES for node in hosts):
-            return 0
-        return min(WORKER_BYTES, max(node.memory for node in hosts))
+    def worker(self, per_gpu: int = 1) -> dict[str, float]:
+        """What a worker reserves: a CPU, and where there are GPUs one of them, or a share.
 
-    def slots(self, per_gpu: int = 1) -> list[int]:
-        """Workers that each node holds, where so many share a GPU. Every worker has a CPU."""
-        memory = self.memory(per_gpu)
-        fit = [self._fit(node, per_gpu) for node in self.nodes]
+        Of its node's memory nothing, but where that ends before the GPUs or CPUs do.
+        """
+        worker = {"CPU": 1.0, "GPU": 1.0 / per_gpu} if self.use_gpu else {"CPU": 1.0}
+        hosts = [(node.memory, n) for node, n in zip(self.nodes, self.slots(worker), strict=True) if node.memory and n]
+        if all(n <= memory // WORKER_BYTES for memory, n in hosts):
+            return worker
+        return worker | {"memory": min(WORKER_BYTES, max(memory for memory, _ in hosts))}
+
+    def slots(self, worker: dict[str, float] | None = None) -> list[int]:
+        """Workers that each node holds, where each reserves `worker`, such as one did when a search began."""
+        worker = worker or self.worker()
+        share, memory = worker.get("GPU"), worker.get("memory")
+        fit = [int(min(int(n.gpus) * round(1 / share), n.cpus) if share else n.cpus) for n in self.nodes]
         return [min(n, int(node.memory // memory)) for n, node in zip(fit, self.nodes, strict=True)] if memory else fit
 
-    def _fit(self, node: Node, per_gpu: int) -> int:
-        return int(min(int(node.gpus) * per_gpu, node.cpus) if self.use_gpu else node.cpus)
-
-    def strategy(self, workers: int) -> Literal["STRICT_PACK", "PACK"]:
+    def strategy(self, workers: int, worker: dict[str, float]) -> Literal["STRICT_PACK", "PACK"]:
         """Ray's word for how one trial's workers are laid: on one node wherever any node is large enough."""
-        return "STRICT_PACK" if max(self.slots(), default=0) >= workers else "PACK"
+        return "STRICT_PACK" if max(self.slots(worker), default=0) >= workers else "PACK"
+
+    def trials_at_once(self, workers: int, worker: dict[str, float]) -> int:
+        """How many trials of so many workers fit, none spread where a node is large enough; 0 where not even one."""
+        slots = self.slots(worker)
+        return sum(count // workers for count in slots) or sum(slots) // workers
 
     def place(self, workers: int, per_gpu: int = 1, min_workers: int | None = None) -> Placement:
-        """How many trials of so many workers run at once, none spread where a node is large enough.
+        """How trials of so many workers run here.
 
         Where not even one fits, one runs with the workers that do, down to min_workers.
         Raises NoRoomError where there are fewer, and ValueError where workers of one trial would share a GPU.
@@ -78,23 +85,20 @@ class Capacity:
                 f"trials_per_gpu above 1 needs train.workers: 1, for NCCL wants a whole GPU for every worker, "
                 f"but trials_per_gpu is {per_gpu} and train.workers {workers}"
             )
-        slots, memory = self.slots(per_gpu), self.memory(per_gpu)
-        worker = {"CPU": 1.0, "GPU": 1.0 / per_gpu if self.use_gpu else 0, "memory": memory}
-        worker = {name: amount for name, amount in worker.items() if amount}
-        packed = sum(count // workers for count in slots)
-        at_once = packed or sum(slots) // workers  # larger than any node: spread
+        worker = self.worker(per_gpu)
+        most = sum(self.slots(worker))
         name, least = ("train.min_workers", min_workers) if min_workers else ("train.workers", workers)
-        if not sum(slots):
+        if not most:
             raise NoRoomError(
                 f"no node has room for a worker, which takes a CPU{' beside its GPU' * self.use_gpu}; add nodes"
             )
-        if sum(slots) < least:
-            has = f"{self.what}s{' and memory' * bool(memory)}"
+        if most < least:
+            has = f"{self.what}s{' and memory' * ('memory' in worker)}"
             raise NoRoomError(
-                f"{name} must fit the cluster, which has {has} for {sum(slots)}, but is {least}; "
-                f"set {name} to {sum(slots)} or add nodes"
+                f"{name} must fit the cluster, which has {has} for {most}, but is {least}; "
+                f"set {name} to {most} or add nodes"
             )
-        return Placement(max(1, at_once), worker)
+        return Placement(max(1, self.trials_at_once(workers, worker)), worker)
 
 
 def trials_per_gpu(peak_bytes: int, total_bytes: int) -> int:

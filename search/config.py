@@ -130,6 +130,11 @@ class SearchConfig(Config):
         """What a trial asks of a cluster, as `Capacity.place` takes it."""
         return self.train.workers, self.per_gpu, self.train.min_workers
 
+    @property
+    def confirmations(self) -> int:
+        """Trainings from new seeds, at most."""
+        return min(self.final.confirm.top, self.final.top, self.trials) * self.final.confirm.seeds
+
     def training(self, settings: Mapping[str, Any]) -> TrainConfig:
         """The base training with settings such as {batch_size: 32, model.channels: […]}; a group is laid over its own.
 

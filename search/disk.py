@@ -21,9 +21,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 def disk_bytes(config: SearchConfig, checkpoint_bytes: int, at_once: int) -> int:
     """Of checkpoints, at most: one of each trial that has ended, confirmations too, four of each that runs."""
     running = min(at_once, config.trials)
-    confirm = config.final.confirm
-    again = min(confirm.top, config.final.top, config.trials) * confirm.seeds
-    return checkpoint_bytes * (config.trials + again - running + running * OF_A_RUNNING_TRIAL)
+    return checkpoint_bytes * (config.trials + config.confirmations + running * (OF_A_RUNNING_TRIAL - 1))
 
 
 def expected_checkpoint_bytes(config: SearchConfig, shape: tuple[int, int, int]) -> int:

@@ -198,7 +198,7 @@ def evaluate(
         what = f"Drawing {config.final.images:,} images of each of {len(drawn)} trials"
         cluster = _with_room((1, 1, None), ray, console)  # nodes may have come and gone since the search began
         with watch.progress_bar(console, what) as progress:
-            slots, memory = sum(cluster.slots()), cluster.memory()
+            slots, memory = sum(cluster.slots()), cluster.worker().get("memory", 0)
             try:
                 notes.update(stage.draw(run, drawn, config.final, judge, slots, cluster.use_gpu, progress, memory))
             except TooLittleMemoryError as error:

@@ -154,14 +154,12 @@ def forecast(config: SearchConfig, measured: Measured, images: int, at_once: int
         cut = min([1.0, *allowed])
         return {"search": search * cut, "workers": work * cut}
 
-    confirm = config.final.confirm
-    again = min(confirm.top, config.final.top, config.trials) * confirm.seeds
-    drawn = (config.final.top + again) * config.final.images
+    drawn = (config.final.top + config.confirmations) * config.final.images
     return {
         "trial_hours": sum(parts) / 3600,
         "expected": hours(passed),
         "at_most": hours(1.0),
-        "confirm_hours": math.ceil(again / at_once) * sum(parts) / 3600,
+        "confirm_hours": math.ceil(config.confirmations / at_once) * sum(parts) / 3600,
         "final_stage_hours": drawn * measured.image_seconds / slots / 3600,
         "disk_bytes": disk_bytes(config, measured.checkpoint_bytes, at_once) + drawn * measured.image_bytes,
     }

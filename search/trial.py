@@ -56,7 +56,7 @@ def in_ray_train(
             rungs=rungs,
             callbacks=[RungReportCallback()],
             worker=worker,
-            strategy=capacity.read().strategy(training.workers),  # of the nodes that there are by now
+            strategy=lambda: capacity.read().strategy(training.workers, worker),  # of the nodes that there are by now
         )
 
     return trial

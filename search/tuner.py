@@ -17,7 +17,7 @@ from ray.tune.search import ConcurrencyLimiter
 from rich.console import Console
 
 from cluster import capacity
-from cluster.capacity import Placement
+from cluster.capacity import Capacity, Placement
 from evaluation.rung import RungScorer
 from search import trial
 from search.budget import Budget
@@ -29,6 +29,7 @@ from search.interrupt import Interrupt, resume_command
 from search.records import ENDED, Live, Records, Row
 from search.searcher import HonestOptunaSearch
 from search.watch import SearchView
+from trainer.config import TrainConfig
 from trainer.storage import Storage
 
 JOURNAL = "study.journal"
@@ -83,7 +84,7 @@ def search(
     ended = None
     try:
         with view.shown():
-            ended = _tune(config, run, records, scorer, placement, view.changed, budget, interrupt)
+            ended = _tune(config, run, records, scorer, placement, view, budget, interrupt)
     finally:
         records.flush()
         budget.note(ended)
@@ -97,7 +98,7 @@ def _tune(
     records: Records,
     scorer: RungScorer,
     placement: Placement,
-    changed: Callable[[], None],
+    view: SearchView,
     budget: Budget,
     interrupt: Interrupt,
 ) -> str:
@@ -114,9 +115,8 @@ def _tune(
         _copy_journal(run, journal)
         return ended
     limiter = ConcurrencyLimiter(searcher, max_concurrent=placement.at_once)  # as max_concurrent_trials makes it
-    watcher = _Watcher(
-        run, records, journal, changed, budget, lambda: _make_room(limiter, config), Gauges(config.name, records)
-    )
+    room = _Room(limiter, placement, config.train, view.console)
+    watcher = _Watcher(run, records, journal, view.changed, budget, room, Gauges(config.name, records))
     rungs = config.rung_epochs()
     if config.runner == "reuse":
         run_trial = trial.in_reused_process(run, scorer, rungs)
@@ -158,10 +158,25 @@ def _tune(
     return searcher.ended
 
 
-def _make_room(limiter: ConcurrencyLimiter, config: SearchConfig) -> None:
-    """Nodes come and go: so many trials are begun as fit by now; those that lost theirs wait for Ray Train."""
-    with contextlib.suppress(ValueError):  # none fits: no other is begun in place of those that wait
-        limiter.max_concurrent = capacity.read().place(*config.room).at_once
+class _Room:
+    """Nodes come and go: so many trials are begun as fit by now. Those that lost theirs wait, and it is said once."""
+
+    def __init__(self, limiter: ConcurrencyLimiter, placement: Placement, train: TrainConfig, console: Console):
+        self.limiter, self.worker, self.train, self.console = limiter, placement.worker, train, console
+        self.fit = placement.at_once
+
+    def look(self, cluster: Capacity) -> None:
+        fit, self.fit = self.fit, cluster.trials_at_once(self.train.workers, self.worker)
+        # Where none is left, Tune asks for the next one without looking up: that one waits.
+        self.limiter.max_concurrent = max(1, self.fit)
+        begun = len(self.limiter.live_trials)
+        held = cluster.trials_at_once(self.train.min_workers or self.train.workers, self.worker)
+        if self.fit != fit and begun > held:
+            what = "GPUs" if "GPU" in self.worker else "CPUs"
+            self.console.print(
+                f"{begun - held} of {begun} trials wait: the cluster has {what} for {held or 'none'} by now; "
+                "they go on when it has"
+            )
 
 
 def _fresh_journal(run: Storage) -> Path:
@@ -200,7 +215,7 @@ class _Watcher(Live, Callback):
         journal: Path,
         changed: Callable[[], None],
         budget: Budget,
-        room: Callable[[], None],
+        room: _Room,
         gauges: Gauges,
     ):
         self.run, self.records, self.journal, self.changed, self.budget = run, records, journal, changed, budget
@@ -210,7 +225,7 @@ class _Watcher(Live, Callback):
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if time.monotonic() - self.looked > ROOM_SECONDS:
             self.looked = time.monotonic()
-            self.room()
+            self.room.look(capacity.read())
             self.gauges.show()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:

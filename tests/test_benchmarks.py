@@ -7,7 +7,9 @@ import time
 import pytest
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from benchmarks import curves, replay, study, tables
+from benchmarks import curves, replay, soak, study, tables
+from search.records import Records
+from trainer.storage import Storage
 
 
 class Endless:
@@ -117,3 +119,31 @@ def test_the_study_s_table_is_made_of_its_results():
 @pytest.mark.parametrize("path", sorted(study.RESULTS.parents[1].glob("benchmarks/*.py")), ids=lambda path: path.stem)
 def test_every_benchmark_can_be_begun(path):
     importlib.import_module(f"benchmarks.{path.stem}")
+
+
+def test_a_driver_s_memory_is_counted_from_the_first_trial_that_ends_in_its_life():
+    starts = [(0, 0, 50.0), (0, 0, 300.0)]  # its start is no growth
+    flat = [(0, ended, 300.0) for ended in range(1, 30)]
+    grows = [(1, 29, 100.0), *((1, 30 + number, 300.0 + 2 * number) for number in range(30))]
+    assert soak.growth(starts) == (0.0, 0)
+    assert soak.growth(starts + flat) == (0.0, 28)
+    assert soak.growth(starts + flat + grows) == (2 * 29, 28 + 29)
+
+
+def test_a_soak_says_what_was_lost(tmp_path, row, rung):
+    records = Records(Storage(tmp_path))
+    ended = soak.Soak(tmp_path, tmp_path / "log", 1, 1, 0)
+    ended.ended = "exit status 0"
+    ended.met.update({"t4": 4, "t5": 3})
+    rows = [
+        ("completed", [1, 4], 4), ("stopped", [1], 2), ("stopped", [], 0), ("running", [1, 2], 2),
+        ("failed", [1], 1), ("failed", [1], 1),
+    ]  # fmt: skip
+    for number, (state, rungs, epoch) in enumerate(rows):
+        records.add(
+            row(f"t{number}", state=state, rungs=tuple(map(rung, rungs)), epoch=epoch, checkpoint=f"train/t{number}/c")
+        )
+    records.flush()
+    result, wrong = ended.result()
+    assert result["broken_trials"] == ["t0", "t1", "t5"]
+    assert {name for name, is_so in wrong.items() if is_so} == {"failed or broken trials", "trials left open"}

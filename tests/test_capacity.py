@@ -58,10 +58,28 @@ def test_as_many_workers_as_slots_never_overlap():
 
 @pytest.mark.parametrize(
     ("nodes", "workers", "strategy"),
-    [([(2, 0), (4, 0)], 3, "STRICT_PACK"), ([(2, 0), (2, 0)], 3, "PACK"), ([(8, 4)], 4, "STRICT_PACK")],
+    [
+        ([(2, 0), (4, 0)], 3, "STRICT_PACK"),
+        ([(2, 0), (2, 0)], 3, "PACK"),
+        ([(8, 4)], 4, "STRICT_PACK"),
+        ([(64, 0), (2, 2), (2, 2)], 3, "PACK"),  # a node without GPUs holds none
+    ],
 )
 def test_workers_are_spread_only_where_no_node_holds_them(nodes, workers, strategy):
-    assert capacity(*nodes).strategy(workers) == strategy
+    cluster = capacity(*nodes)
+    assert cluster.strategy(workers, cluster.worker()) == strategy
+
+
+@pytest.mark.parametrize(
+    ("begun", "now", "slots"),
+    [
+        ([(8, 0), (8, 4)], [(8, 0)], [0]),  # the node with GPUs is gone: what is left is none of their place
+        ([(8, 0), (8, 4)], [(8, 0), (8, 2)], [0, 2]),
+        ([(4, 0)], [(4, 0), (8, 2)], [4, 8]),  # trials that reserve CPUs do so beside GPUs too
+    ],
+)
+def test_slots_are_of_what_a_search_s_workers_reserve_whatever_nodes_there_are_by_now(begun, now, slots):
+    assert capacity(*now).slots(capacity(*begun).worker()) == slots
 
 
 def test_trials_share_a_gpu_and_each_has_a_cpu():

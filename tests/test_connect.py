@@ -51,6 +51,29 @@ try:
 except connect.ConnectError as error:
     print(error)
 """
+REUSED = """
+import sys, time
+from pyarrow.fs import LocalFileSystem
+from ray import tune
+from ray.train._internal.storage import StorageContext
+from ray.tune.trainable.function_trainable import wrap_function
+
+class Here(StorageContext):  # without a Ray there is no session's folder
+    trial_driver_staging_path = trial_working_directory = sys.argv[1]
+
+def trial(config):
+    try:
+        tune.report({"epoch": 1})  # where it is stopped
+    finally:
+        time.sleep(3)  # for what it still stores
+
+def place(name):
+    return Here(sys.argv[1], "tune", storage_filesystem=LocalFileSystem(), trial_dir_name=name)
+
+process = wrap_function(trial)(config={}, storage=place("stopped"))
+process.train()
+print(process.reset({}, storage=place("next")))
+"""
 LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 
 
@@ -165,3 +188,10 @@ def test_a_local_ray_listens_on_loopback_alone_and_asks_for_a_token(tmp_path, tm
     assert mode == "token"
     assert usage == "0"
     assert stat.S_IMODE((tmp_path / ".ray" / "auth_token").stat().st_mode) == 0o600
+
+
+def test_a_reused_process_waits_for_what_a_stopped_trial_still_stores(tmp_path):
+    """Tune's own function trainable; by itself it waits for 2 s, and then fails the next trial."""
+    command = (sys.executable, "-c", REUSED, str(tmp_path))
+    done = subprocess.run(command, env=os.environ | connect.ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True"

@@ -157,7 +157,6 @@ def test_without_a_subset_rest_is_empty_and_has_the_shape_of_the_others():
 def test_labels_can_be_left_unused():
     splits = data.load(DataConfig(labels=False, subset=100))
     assert splits.train.labels is splits.held_out.labels is splits.rest.labels is None
-    assert data.class_count(splits.train) == 0
 
 
 # Batches
@@ -504,7 +503,6 @@ def test_labels_are_the_first_sub_folders_in_order_of_name(tmp_path):
     (tmp_path / "notes.txt").write_text("not an image")
     (tmp_path / "cat" / "._0.jpg").write_text("what macOS leaves")
     splits = data.load(DataConfig(name=f"folder:{tmp_path}", train_fraction=0.5))
-    assert data.class_count(splits.train) == 3
     for images in (splits.train, splits.held_out):
         assert images.labels.tolist() == [{0: 2, 10: 2, 20: 0, 30: 1}[round(row.mean(), -1)] for row in images.pixels]
 

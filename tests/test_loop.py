@@ -57,7 +57,7 @@ def record(config: TrainConfig, worker: Worker = CPU, **arguments) -> dict:
         seen["states"][metrics["step"]], seen["metas"][metrics["step"]] = taken.state, taken.meta
 
     images = arguments.pop("images", toy_images())
-    arguments.setdefault("log", lambda metrics: seen["metrics"].__setitem__(metrics["epoch"], dict(metrics)))
+    arguments.setdefault("log", lambda metrics, samples: seen["metrics"].__setitem__(metrics["epoch"], dict(metrics)))
     loop.train(config, images, worker, report, **arguments)
     return seen
 

@@ -19,6 +19,7 @@ import torch
 import torch.multiprocessing as mp
 from ray.cluster_utils import Cluster
 from ray.train.v2.api.callback import UserCallback
+from ray.util.placement_group import placement_group_table
 
 from cluster.connect import ENVIRONMENT
 from trainer import checkpoint, data, local, ray_worker
@@ -69,15 +70,26 @@ class Probe:
 
 
 @contextmanager
-def cluster_of_two(temporary: str) -> Iterator[list[Any]]:
-    """A head without workers and two nodes of one worker each, which are given."""
-    os.environ |= ENVIRONMENT | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "8", "RAY_TMPDIR": temporary}
+def a_cluster(temporary: str, **environment: str) -> Iterator[Cluster]:
+    """A head without workers."""
+    os.environ |= ENVIRONMENT | {"RAY_TMPDIR": temporary} | environment
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 100 * 2**20})
-    nodes = [made.add_node(num_cpus=1, object_store_memory=100 * 2**20) for _ in range(2)]
     ray.init(address=made.address, log_to_driver=False)
-    yield nodes
+    yield made
     ray.shutdown()
     made.shutdown()
+
+
+def a_node(of: Cluster) -> Any:
+    """One more, of one worker."""
+    return of.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+
+
+@contextmanager
+def cluster_of_two(temporary: str) -> Iterator[list[Any]]:
+    """A head without workers and two nodes of one worker each, which are given."""
+    with a_cluster(temporary, RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S="8") as made:
+        yield [a_node(made) for _ in range(2)]
 
 
 class Heard(UserCallback):
@@ -238,3 +250,25 @@ def test_too_little_memory_for_one_of_two_workers_is_the_reason_and_is_not_tried
     assert "set train.micro_batch to 256 (" in last["failure"]
     assert len((tmp_path / "scored").read_text().split()) == 1, "it was tried again"
     assert not Storage(tmp_path / "run").exists("train/trial/gave_up.json")
+
+
+def scenario_of_no_room(_: int, folder: str, temporary: str) -> None:
+    tmp_path = Path(folder)
+    run = Storage(tmp_path / "run")
+    with a_cluster(temporary, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="0.5") as made:
+        config = CONFIG.model_copy(update={"workers": 1, "epochs": 1})
+        training = train_in_a_task.remote(config.model_dump(mode="json"), run.uri, Probe(tmp_path))
+        end = time.monotonic() + 120
+        while sum(group["state"] == "REMOVED" for group in placement_group_table().values()) < 3 * 4:
+            done, _ = ray.wait([training], timeout=0.1)
+            assert not done, f"it ended where there is no room: {ray.get(training)}"
+            assert time.monotonic() < end, "it is tried no more"
+        a_node(made)
+        ray.get(training, timeout=120)
+
+
+@pytest.mark.faults
+def test_a_training_that_finds_no_room_waits_until_a_node_comes(tmp_path, tmp_path_factory):
+    """Ray Train tries four times, and then calls it failed."""
+    mp.spawn(scenario_of_no_room, (str(tmp_path), str(tmp_path_factory.mktemp("r"))), nprocs=1)
+    assert checkpoint.latest(Storage(tmp_path / "run/train/trial"))[1].meta["epoch"] == 1

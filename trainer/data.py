@@ -234,8 +234,3 @@ def batch_indices(seed: int, step: int, num_images: int, batch_size: int) -> "to
 def to_model_range(pixels: "torch.Tensor") -> "torch.Tensor":
     """(N, H, W, C) uint8 → (N, C, H, W) float32 in [-1, 1]."""
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def class_count(images: Images) -> int:
-    """Number of classes; 0 where there are no labels."""
-    return 0 if images.labels is None else int(images.labels.max()) + 1

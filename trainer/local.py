@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Collection
 
+import numpy as np
 import torch
 
 from trainer import checkpoint, data, loop
@@ -37,8 +38,8 @@ def fit(
         report(resume.meta["metrics"], found[0])
     event_log = EventLog(events, config, resume.meta["epoch"] + 1 if resume else 1)
 
-    def log_all(metrics: loop.Metrics) -> None:
-        event_log(metrics, metrics.pop("samples", None))
+    def log_all(metrics: loop.Metrics, samples: np.ndarray | None) -> None:
+        event_log(metrics, samples)
         log(metrics)
 
     def store_and_report(metrics: loop.Metrics, snapshot: loop.Snapshot) -> None:

@@ -39,7 +39,7 @@ def train(
     resume: Checkpoint | None = None,
     score: Scorer | None = None,
     rungs: Collection[int] = (),
-    log: Callable[[Metrics], None] = lambda metrics: None,
+    log: Callable[[Metrics, np.ndarray | None], None] = lambda metrics, samples: None,
     ready: Callable[[], bool] = lambda: True,
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -49,8 +49,9 @@ def train(
     checkpoint_seconds and checkpoint_epochs where ready() (asked on rank 0: whether a checkpoint can be stored now).
     snapshot(), to be called before report returns, is the training of that moment, apart from what goes on.
     At rungs and at the last epoch `score` is called on rank 0; where there are several EMA decays, the last epoch
-    scores each and the best becomes the model. log(metrics) is called on rank 0 at the end of every epoch. Where
-    stop() becomes true (asked on rank 0, in a process of its own between any two steps), a checkpoint is reported.
+    scores each and the best becomes the model. log(metrics, samples) is called on rank 0 at the end of every epoch,
+    samples being the picture that `score` gave, if any. Where stop() becomes true (asked on rank 0, in a process of its
+    own between any two steps), a checkpoint is reported.
     Raises TrainingFailedError on every rank where a loss, or a weight that is to be reported, is not finite,
     WorkerFailedError where this rank's memory is too small or another rank does not answer, and
     InterruptedTrainingError after stop().
@@ -79,8 +80,7 @@ def train(
 
         def snapshot() -> Checkpoint:
             state = advance.state() | {"losses": losses, "norms": norms}
-            kept = {name: value for name, value in metrics.items() if name != "samples"}
-            return Checkpoint({**meta, "metrics": kept}, _apart(state))
+            return Checkpoint({**meta, "metrics": metrics}, _apart(state))
 
         report(metrics, snapshot)
         reported_at = time.monotonic()
@@ -142,9 +142,9 @@ def train(
                     metrics |= _score(score, advance, config, device, every_decay=epoch == config.epochs, meta=meta)
         metrics["worker_seconds"] = meta["worker_seconds"]
         if worker.rank == 0:
-            log(metrics)
+            log(metrics, metrics.pop("samples", None))
         if at_rung:  # all of them are in every checkpoint: who should have noted one may have died meanwhile
-            meta["rungs"] = [*meta["rungs"], {name: value for name, value in metrics.items() if name != "samples"}]
+            meta["rungs"] = [*meta["rungs"], metrics]
         if at_rung or due or stopped:
             hand_over(metrics)
         if stopped and epoch < config.epochs:

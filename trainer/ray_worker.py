@@ -3,15 +3,15 @@
 import contextlib
 import os
 import traceback
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
-import numpy as np
 import ray.train
 import ray.train.collective
 import ray.train.torch
 import torch
 from ray.train import CheckpointUploadMode
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2.api.callback import UserCallback
 
 from trainer import checkpoint, data, loop
@@ -37,49 +37,55 @@ def fit(
     rungs: Collection[int] = (),
     callbacks: Collection[UserCallback] = (),
     worker: dict[str, float] | None = None,
-    strategy: str = "PACK",
+    strategy: Callable[[], str] = lambda: "PACK",
 ) -> dict[str, Any]:
     """Trains in `config.workers` processes and returns the metrics of the last rung.
 
     Checkpoints go to RUN/train/<name>; the same name goes on from the newest whole one of `config` there. A worker that
     dies is replaced, up to three times; where its node is lost and min_workers allows it, the others go on without it.
-    `worker` is what each reserves, such as {"CPU": 1, "GPU": 1}. Where training cannot go on, `callbacks` hear of it: a
-    report that holds `failure`, see TrainingFailedError.
+    `worker` is what each reserves, such as {"CPU": 1, "GPU": 1}; they are laid by `strategy`, and wait for room as long
+    as it takes. Where training cannot go on, `callbacks` hear of it: a report that holds `failure`, see
+    TrainingFailedError.
     """
     elastic = config.min_workers is not None and config.min_workers < config.workers
-    num_workers = (config.min_workers, config.workers) if elastic else config.workers
     if elastic:
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(ELASTIC_START_SECONDS)
-    # It names checkpoints of rungs that are deleted since, and Ray Train would refuse to start.
-    run.at("train", name).delete(RAY_S_OWN)
-    trainer = ray.train.torch.TorchTrainer(
-        _train_on_worker,
-        train_loop_config={
-            "config": config.model_dump(mode="json"),
-            "name": name,
-            "run": run.uri,
-            "score": score,
-            "rungs": sorted(rungs),
-        },
-        torch_config=ray.train.torch.TorchConfig(timeout_s=config.hang_seconds),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=num_workers,
-            use_gpu="GPU" in (worker or {}),
-            resources_per_worker=worker,
-            placement_strategy="PACK" if elastic else strategy,
-        ),
-        run_config=ray.train.RunConfig(
-            name=name,
-            storage_path=run.at("train").root,
-            storage_filesystem=run.fs,
-            callbacks=list(callbacks),
-            failure_config=ray.train.FailureConfig(
-                max_failures=MAX_WORKER_FAILURES, controller_failure_limit=10 if elastic else 3
+    while True:
+        # It names checkpoints of rungs that are deleted since, and Ray Train would refuse to start.
+        run.at("train", name).delete(RAY_S_OWN)
+        trainer = ray.train.torch.TorchTrainer(
+            _train_on_worker,
+            train_loop_config={
+                "config": config.model_dump(mode="json"),
+                "name": name,
+                "run": run.uri,
+                "score": score,
+                "rungs": sorted(rungs),
+            },
+            torch_config=ray.train.torch.TorchConfig(timeout_s=config.hang_seconds),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=(config.min_workers, config.workers) if elastic else config.workers,
+                use_gpu="GPU" in (worker or {}),
+                resources_per_worker=worker,
+                placement_strategy="PACK" if elastic else strategy(),
             ),
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-        ),
-    )
-    return trainer.fit().metrics or {}
+            run_config=ray.train.RunConfig(
+                name=name,
+                storage_path=run.at("train").root,
+                storage_filesystem=run.fs,
+                callbacks=list(callbacks),
+                failure_config=ray.train.FailureConfig(
+                    max_failures=MAX_WORKER_FAILURES, controller_failure_limit=10 if elastic else 3
+                ),
+                logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            ),
+        )
+        try:
+            return trainer.fit().metrics or {}
+        except ray.train.ControllerError as error:
+            # To Ray Train, which has tried for a while, a group that found no room has failed. Nodes may come back.
+            if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+                raise
 
 
 def _train_on_worker(setup: dict[str, Any]) -> None:
@@ -107,11 +113,6 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
     resume = found[1] if found else None
     first_epoch = resume.meta["epoch"] + 1 if resume else 1
     event_log = EventLog(run.at("tensorboard", setup["name"]), config, first_epoch) if worker.rank == 0 else None
-
-    def log(metrics: loop.Metrics) -> None:
-        assert event_log is not None
-        samples: np.ndarray | None = metrics.pop("samples", None)
-        event_log(metrics, samples)
 
     uploader = Uploader(checkpoints)
 
@@ -144,7 +145,7 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
                 resume=resume,
                 score=setup["score"],
                 rungs=setup["rungs"],
-                log=log,
+                log=event_log or (lambda metrics, samples: None),
                 ready=uploader.ready,
             )
     except Exception as error:

@@ -1,0 +1,65 @@
+"""What the search does while nodes come and go."""
+
+import io
+
+import pytest
+from optuna.storages import InMemoryStorage
+from ray.tune.search import ConcurrencyLimiter
+from rich.console import Console
+
+from cluster.capacity import Capacity, Node, Placement
+from search.config import load
+from search.searcher import HonestOptunaSearch
+from search.tuner import _Room
+from trainer.config import TrainConfig
+
+
+@pytest.fixture
+def said():
+    return Console(file=io.StringIO(), width=200)
+
+
+HEAD, GPUS = Node(16, 0), Node(16, 4)
+NONE_LEFT, GROWN = Capacity((HEAD,)), Capacity((HEAD, GPUS, GPUS))
+OF_A_GPU = Capacity((HEAD, GPUS)).worker()
+
+
+@pytest.fixture
+def begun(records, said):
+    """begun(count, fit, workers): the room of a search that has begun so many trials, of which so many fitted."""
+
+    def make(count: int, fit: int, **workers: int) -> _Room:
+        searcher = HonestOptunaSearch(load("digits", []), "frechet", records, InMemoryStorage())
+        limiter = ConcurrencyLimiter(searcher, max_concurrent=fit)
+        assert all(limiter.suggest(str(number)) for number in range(count))
+        return _Room(limiter, Placement(fit, OF_A_GPU), TrainConfig(**workers), said)
+
+    return make
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_where_the_node_with_gpus_is_lost_none_is_begun_on_the_head_s_cpus_and_it_is_said_once(begun, said, count):
+    room = begun(count, fit=count)
+    for _ in range(2):
+        room.look(NONE_LEFT)
+        assert room.limiter.suggest("next") is None
+    line = f"{count} of {count} trials wait: the cluster has GPUs for none by now; they go on when it has\n"
+    assert said.file.getvalue() == line
+    room.look(GROWN)
+    assert room.limiter.suggest("next")
+    assert said.file.getvalue() == line
+
+
+def test_a_cluster_that_has_room_for_none_begins_one_that_waits(begun):
+    """Tune, where no trial is left, asks for the next one up to 600 s without looking at anything else."""
+    room = begun(0, fit=4)
+    room.look(NONE_LEFT)
+    assert room.limiter.suggest("first")
+    assert room.limiter.suggest("second") is None
+
+
+def test_a_trial_that_goes_on_with_fewer_workers_does_not_wait(begun, said):
+    for least, words in ((2, ""), (None, "1 of 1 trials wait")):
+        begun(1, 1, workers=8, min_workers=least).look(Capacity((HEAD, GPUS)))
+        assert said.file.getvalue().startswith(words)
+        assert bool(said.file.getvalue()) is bool(words)
