@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import grpc
@@ -100,15 +101,23 @@ def connected(address: str | None = None, check_versions: bool = True) -> Iterat
     """Connects for the length of a with block; a local Ray is stopped at its end.
 
     address: None or "local" starts a Ray on this machine; "auto" or HOST:PORT joins one that runs.
-    Raises ConnectError where there is none, or where its nodes have other versions than this process.
+    Raises ConnectError where there is none, where its nodes have other versions than this process, and where a local
+    one does not start.
     """
     local = address in (None, "local")
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if local:
         os.environ |= ENVIRONMENT | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
         _keep_token_private()
-        with _on_loopback():
-            context = ray.init(address="local", include_dashboard=True, dashboard_host="127.0.0.1", **quiet)
+        try:
+            with _on_loopback():
+                context = ray.init(address="local", include_dashboard=True, dashboard_host="127.0.0.1", **quiet)
+        except Exception as error:  # Ray has no error of its own for a machine that is too busy to start it in time
+            ray.shutdown()
+            raise ConnectError(
+                f"Ray did not start on this machine: {error}; see the newest logs below {gettempdir()}/ray, and try "
+                "again when it has less to do and more memory and disk"
+            ) from error
     else:
         context = _join(str(address), quiet)
     try:

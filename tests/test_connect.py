@@ -91,6 +91,19 @@ def test_an_address_where_nothing_answers_is_refused_at_once(address):
         pass
 
 
+def test_a_ray_that_does_not_start_here_is_said_in_a_line(tmp_path):
+    """Its sockets' paths may not be longer than 107 bytes."""
+    deep = tmp_path / ("d" * 110)
+    deep.mkdir()
+    start = (sys.executable, "-m", "search.cli", "cluster", "capacity")
+    env = os.environ | {"TMPDIR": str(deep), "RAY_TMPDIR": str(deep)}
+    done = subprocess.run(start, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "Ray did not start on this machine" in done.stderr
+    assert str(deep) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def guarded(home: Path, **environment: str) -> dict[str, str]:
     """This process's environment, without its token and with another home."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
