@@ -1,5 +1,8 @@
 """Configurations: what is shipped, what is refused, and how the refusal is put."""
 
+import re
+import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -172,3 +175,27 @@ def test_a_key_that_is_given_twice_is_refused(tmp_path):
 
 def test_of_a_family_s_ranges_some_corner_must_be_a_schedule():
     load("digits", ["space.families.cosine.start.low=-0.5"])  # others of its schedules are screened
+
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for line in re.findall(r"^    (ddpm-search (?:run|train) .*)$", page.read_text().replace("\\\n", ""), re.M)
+]
+
+
+def test_every_command_of_the_documents_has_settings_that_are_taken():
+    assert len(COMMANDS) >= 5
+    for words in COMMANDS:
+        load(words[2], [words[i + 1] for i, word in enumerate(words) if word == "--set"])
+
+
+def test_the_documents_yaml_of_a_space_and_a_budget_is_taken(tmp_path):
+    page = (ROOT / "docs" / "search.md").read_text()
+    blocks = [block for block in re.findall(r"(?:^    .*\n)+", page, re.M) if re.match("    (space|trials):", block)]
+    assert len(blocks) == 2
+    (tmp_path / "mine.yaml").write_text(textwrap.dedent("".join(blocks)))
+    read = load(str(tmp_path / "mine.yaml"))
+    assert set(read.space.families) == {"cosine", "sigmoid", "linear"}
+    assert read.budget.worker_hours == 40
