@@ -175,8 +175,9 @@ class Records:
 
     def flush(self) -> None:
         """Writes what was put off; called before another driver may have the run."""
-        if self._later:
-            self._write()
+        with self._writing:  # or it is being written, and may be refused
+            if self._later:
+                self._write()
 
     def _write_later(self, pause: float) -> None:
         def write() -> None:
@@ -193,6 +194,7 @@ class Records:
     def _write(self) -> None:
         with self._writing:
             began = time.monotonic()
+            self._later = False  # a change that comes from now on is perhaps not in it
             buffer = io.BytesIO()
             pq.write_table(self._table(), buffer)
             try:
@@ -200,7 +202,6 @@ class Records:
             except BaseException:
                 self._later = True
                 raise
-            self._later = False
             pause = min(PAUSE * (time.monotonic() - began), MOST_PAUSE_SECONDS)
             self._pause_over = time.monotonic() + pause
 

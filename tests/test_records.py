@@ -121,6 +121,34 @@ def test_what_the_storage_refused_of_a_long_table_is_written_when_it_is_back(rec
     assert Records.load(records.run)["t9999"].state == "completed"
 
 
+def test_a_change_that_comes_while_another_is_being_written_is_written_too(records, row, monkeypatch):
+    """The write of a new row, in between, has put off the next one."""
+    monkeypatch.setattr(trials_table, "PAUSE", 1e6)
+    for index in range(SMALL + 1):
+        records._rows[f"t{index:04d}"] = row(f"t{index:04d}")
+    monkeypatch.setattr(trials_table, "MOST_PAUSE_SECONDS", 0.1)
+    records.add(row("t9998"))
+    records.update("t0000", epoch=3)  # to be written in a tenth of a second
+    monkeypatch.setattr(trials_table, "MOST_PAUSE_SECONDS", 1.0)
+    records.add(row("t9999"))
+    records.update("t0001", epoch=3)  # to be written in a second
+    write, begun, go_on = Storage.write, threading.Event(), threading.Event()
+
+    def slow(self: Storage, path: str, content: bytes) -> None:
+        begun.set()
+        assert go_on.wait(20)
+        write(self, path, content)
+
+    monkeypatch.setattr(Storage, "write", slow)
+    assert begun.wait(20)
+    records.update("t0002", epoch=3)
+    go_on.set()
+    end = time.monotonic() + 5
+    while time.monotonic() < end and Records.load(records.run)["t0002"].epoch < 3:
+        time.sleep(0.01)
+    assert list(Records.load(records.run)) == list(records)
+
+
 def test_a_repeated_epoch_changes_nothing(records, row):
     records.add(row())
     records.report("t0000-cosine", metrics(5), "checkpoint_000005")
