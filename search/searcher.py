@@ -127,6 +127,12 @@ class HonestOptunaSearch(Live, OptunaSearch):
                 self._tell_reused(row)
         return None if self._unfinished else self.ended
 
+    def left(self) -> str | None:
+        """Why the search has ended, after Tune has; what that was made to leave is then stopped as in `over`."""
+        self._unfinished = [row for row in self.records if row.state in OPEN]
+        self.over()
+        return self.ended
+
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: rungs are told when a trial ends, from the record, the deciding one included."""
 

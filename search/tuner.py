@@ -141,21 +141,22 @@ def _tune(
             storage_filesystem=run.fs,
             failure_config=tune.FailureConfig(max_failures=3),
             callbacks=[watcher],
-            stop=_Stop(interrupt),
+            stop=_Stop(interrupt, room, budget),
             verbose=0,
         ),
     )
     with interrupt.awaited():
         tuner.fit()
+    ended = None if interrupt.requested else searcher.left()
     tidy(run, [records[key] for key in watcher.ended])  # once more: one that is stopped may write one checkpoint more
     _copy_journal(run, journal)
     if interrupt.requested:
         raise KeyboardInterrupt
     if not trials_left(config, records):
         return f"all {config.trials} trials are done"
-    if searcher.ended is None:
+    if ended is None:
         raise RuntimeError(f"Ray Tune ended before the search in {run.uri}; {resume_command(run.uri)} goes on with it")
-    return searcher.ended
+    return ended
 
 
 class _Room:
@@ -163,18 +164,18 @@ class _Room:
 
     def __init__(self, limiter: ConcurrencyLimiter, placement: Placement, train: TrainConfig, console: Console):
         self.limiter, self.worker, self.train, self.console = limiter, placement.worker, train, console
-        self.fit = placement.at_once
+        self.fit = self.held = placement.at_once
 
     def look(self, cluster: Capacity) -> None:
         fit, self.fit = self.fit, cluster.trials_at_once(self.train.workers, self.worker)
         # Where none is left, Tune asks for the next one without looking up: that one waits.
         self.limiter.max_concurrent = max(1, self.fit)
         begun = len(self.limiter.live_trials)
-        held = cluster.trials_at_once(self.train.min_workers or self.train.workers, self.worker)
-        if self.fit != fit and begun > held:
+        self.held = cluster.trials_at_once(self.train.min_workers or self.train.workers, self.worker)
+        if self.fit != fit and begun > self.held:
             what = "GPUs" if "GPU" in self.worker else "CPUs"
             self.console.print(
-                f"{begun - held} of {begun} trials wait: the cluster has {what} for {held or 'none'} by now; "
+                f"{begun - self.held} of {begun} trials wait: the cluster has {what} for {self.held or 'none'} by now; "
                 "they go on when it has"
             )
 
@@ -193,16 +194,16 @@ def _copy_journal(run: Storage, journal: Path) -> None:
 
 
 class _Stop(Live, Stopper):
-    """Ends a search that the user interrupted."""
+    """Ends a search that the user interrupted, or whose budget is spent where no trial can come to a rung."""
 
-    def __init__(self, interrupt: Interrupt):
-        self.interrupt = interrupt
+    def __init__(self, interrupt: Interrupt, room: _Room, budget: Budget):
+        self.interrupt, self.room, self.budget = interrupt, room, budget
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return self.interrupt.requested
+        return self.interrupt.requested or (not self.room.held and self.budget.spent() is not None)
 
 
 class _Watcher(Live, Callback):

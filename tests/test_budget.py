@@ -126,6 +126,19 @@ def test_a_trial_past_its_last_rung_is_finished_by_a_resumed_search_that_has_not
     assert "budget.worker_hours" in str(again.over())
 
 
+def test_a_spent_search_that_tune_was_told_to_end_stops_what_it_had_begun_but_what_is_past_its_last_rung(records):
+    config = SearchConfig.model_validate(load("digits").model_dump() | {"reuse": {"alpha_bar": 0}})
+    limited = of(records, hours=1)
+    search = HonestOptunaSearch(config, "frechet", records, None, limited)
+    past, short = (search.suggest(f"id{index}")["trial"] for index in range(2))
+    records.report(past, {"epoch": 15, "rung": True, "frechet": 7.0, "worker_seconds": 2000.0}, None)
+    assert search.left() is None
+    limited._before = 3600.0
+    assert "budget.hours" in str(search.left())
+    assert (records[past].state, records[short].state) == ("running", "stopped")
+    assert str(records[short].reason).startswith(analysis.NOT_RESUMED)
+
+
 def test_what_a_killed_driver_left_of_ended_trials_is_tidied_by_the_next(tmp_path, row):
     """One that it had stopped, and one that is stopped only now, since the budget is spent: no Ray is begun."""
     rung = {"epoch": 5, "frechet": 9.0, "score": 1.0, "grid_loss": 0.1}

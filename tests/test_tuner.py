@@ -8,9 +8,11 @@ from ray.tune.search import ConcurrencyLimiter
 from rich.console import Console
 
 from cluster.capacity import Capacity, Node, Placement
-from search.config import load
+from search import budget
+from search.config import BudgetConfig, load
+from search.interrupt import Interrupt
 from search.searcher import HonestOptunaSearch
-from search.tuner import _Room
+from search.tuner import _Room, _Stop
 from trainer.config import TrainConfig
 
 
@@ -56,6 +58,18 @@ def test_a_cluster_that_has_room_for_none_begins_one_that_waits(begun):
     room.look(NONE_LEFT)
     assert room.limiter.suggest("first")
     assert room.limiter.suggest("second") is None
+
+
+@pytest.mark.parametrize("cluster", [NONE_LEFT, Capacity((HEAD, GPUS))], ids=["none left", "some left"])
+@pytest.mark.parametrize("seconds", [3000, 4000])
+def test_a_search_whose_budget_is_spent_while_all_its_trials_wait_for_nodes_ends(begun, records, cluster, seconds):
+    """No trial comes to a rung, where it would be stopped: it would wait for ever."""
+    room = begun(4, fit=4)
+    records.run.write_json(budget.FILE, {"seconds": seconds, "ended": None})  # of 3600
+    stop = _Stop(Interrupt(), room, budget.Budget(BudgetConfig(hours=1), records.run, records))
+    assert not stop.stop_all()
+    room.look(cluster)
+    assert stop.stop_all() is (cluster is NONE_LEFT and seconds == 4000)
 
 
 def test_a_trial_that_goes_on_with_fewer_workers_does_not_wait(begun, said):
