@@ -146,8 +146,12 @@ def forecast(config: SearchConfig, measured: Measured, images: int, at_once: int
     def hours(share: float) -> dict[str, float]:
         """Where so many of the trials at a rung pass it."""
         trial = sum(part * share**index for index, part in enumerate(parts))
-        start = measured.start_seconds * (1 if config.runner == "train" else at_once / config.trials)
-        search = config.trials * (trial + start) / min(at_once, config.trials) / 3600
+        rounds = max(1.0, config.trials / at_once)
+        if share == 1:
+            rounds = math.ceil(rounds)
+        starts = rounds if config.runner == "train" else 1
+        # However many at once, one is trained in full.
+        search = (max(rounds * trial, sum(parts)) + starts * measured.start_seconds) / 3600
         work = config.trials * trial * train.workers / 3600
         limits = ((config.budget.hours, search), (config.budget.worker_hours, work))
         allowed = [(1 - config.budget.reserve) * limit / needed for limit, needed in limits if limit and needed]

@@ -49,6 +49,17 @@ def test_of_the_trials_at_a_rung_a_share_goes_on(settings, hours):
     assert cost["at_most"]["search"] == pytest.approx(9)
 
 
+def test_a_search_takes_no_less_than_the_one_that_is_trained_in_full_and_unstopped_trials_whole_rounds():
+    cost = forecast(at_once=9)
+    assert cost["expected"]["search"] == cost["at_most"]["search"] == pytest.approx(1)
+    assert cost["expected"]["workers"] == pytest.approx(9 * (0.1 + 0.3 / 3 + 0.6 / 9))
+    assert forecast(at_once=8)["at_most"] == pytest.approx({"search": 2, "workers": 9})
+    slow = dataclasses.replace(HOUR, start_seconds=360.0)
+    for runner in ("train", "reuse"):
+        one = forecast(f"runner={runner}", "trials=1", measured=slow, at_once=8)
+        assert one["at_most"]["search"] == pytest.approx(1.1)
+
+
 def test_scores_and_the_start_of_processes_are_counted():
     slow = Measured(360.0, 3.6, 36.0, 1000, 0.36, 10)
     reused = forecast("early_stopping.scheduler=none", measured=slow, at_once=3)
