@@ -121,11 +121,12 @@ def simulate_scale(result: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "## One driver and many workers",
-            "The project's searcher, scheduler, trials table and leaderboard on a simulated clock "
+            "The project's searcher, scheduler, trials table and line a trial on a simulated clock "
             f"(`benchmarks/replay.py`): trials of {result['full_seconds'] / 60:.0f} minutes in full, most of them "
             f"stopped early, {result['gap_seconds']:g} s from a trial's start to its first step. The driver's CPU "
             "seconds are real and count on that clock. Waits for the disk (about three syncs a trial) are not in it, "
-            "and neither is Tune's own work in the driver: a real driver is busier than its share here. Busy and the "
+            "and neither are Tune's own work in the driver, a terminal's live table and the gauges for Prometheus (the "
+            "last two about 6% of a core at 5,000 trials): a real driver is busier than its share here. Busy and the "
             "driver's share are until the last trial was begun.",
             _table(
                 ["workers", "trials", "workers busy", "driver busy", "ms an event", "ms a suggestion, first → last "
