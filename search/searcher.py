@@ -59,6 +59,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
         self._copy = optuna.create_study(
             storage=storage, study_name=config.name, directions=self._ot_study.directions, load_if_exists=True
         )
+        self.copied = True  # all that has ended
         self.ended: str | None = None
         self._ot_study.stop = self._exhausted  # what grids call, and Optuna allows in its own loop only
         self._keys: dict[str, str] = {}  # Tune's trial id → our stable key
@@ -194,7 +195,15 @@ class HonestOptunaSearch(Live, OptunaSearch):
         for step, value in self._values(row).items():
             ot_trial.report(value, step)
         state = self._state(row)
-        self._copy.add_trial(self._ot_study.tell(ot_trial, self._final(row), state=state))
+        self._note(self._ot_study.tell(ot_trial, self._final(row), state=state))
+
+    def _note(self, trial: optuna.trial.FrozenTrial) -> None:
+        """Copies a trial. Where the disk refuses a line, which may be half there, the rest is left to who mends it."""
+        try:
+            if self.copied:
+                self._copy.add_trial(trial)
+        except OSError:
+            self.copied = False
 
     def _tell_reused(self, row: Row) -> None:
         """A trial has ended: so have those that equal it. Where it failed, another is found or trained for them."""
@@ -242,7 +251,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
             intermediate_values=self._values(row),
         )
         self._ot_study.add_trial(trial)
-        self._copy.add_trial(trial)
+        self._note(trial)
 
     def _values(self, row: Row) -> dict[int, float]:
         """Epoch → value of the metric, for the rungs that have one."""

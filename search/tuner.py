@@ -149,7 +149,10 @@ def _tune(
         tuner.fit()
     ended = None if interrupt.requested else searcher.left()
     tidy(run, [records[key] for key in watcher.ended])  # once more: one that is stopped may write one checkpoint more
-    _copy_journal(run, journal)
+    if searcher.copied:
+        _copy_journal(run, journal)
+    else:
+        mend_study(config, run, records, metric)
     if interrupt.requested:
         raise KeyboardInterrupt
     if not trials_left(config, records):

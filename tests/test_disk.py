@@ -7,14 +7,18 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from ray.tune.error import TuneError
 
 from search import cli
 from search.config import UserError, load
 from search.disk import full_disk_said, keep_what_is_asked_for
 from search.records import Records
+from search.searcher import HonestOptunaSearch
 from trainer import checkpoint, data, local
 from trainer.storage import Storage
 
@@ -107,6 +111,30 @@ def test_a_full_disk_leaves_the_trials_table_as_it_was(disk, row):
         records.add(row("t0001-cosine"))
     assert full.value.errno == errno.ENOSPC
     assert list(Records.load(Storage(folder))) == [row()]
+
+
+def test_a_full_disk_under_the_study_keeps_nothing_from_those_that_equal_a_trial_that_has_ended(disk, tmp_path, row):
+    """The journal is a copy: a search goes on without a line of it, and its next driver writes it anew."""
+    folder = disk(2**20)
+    starts = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.3)
+    points = ", ".join(f"{{family: cosine, start: {start}, end: 1}}" for start in starts)
+    config = load("digits", [f"known_points=[{points}]"])
+    records = Records(Storage(tmp_path / "run"))
+    storage = JournalStorage(JournalFileBackend(f"{folder}/study.journal"))
+    search = HonestOptunaSearch(config, "frechet", records, storage)
+    began = [search.suggest(f"id{number}")["trial"] for number in range(8)]  # the eighth point is the seventh again
+    fill(folder)
+    report = {"epoch": 36, "rung": True, "frechet": 4.0, "worker_seconds": 1.0}
+    for number in range(8):
+        if number == 7:
+            (folder / "filler").unlink()
+        records.report(began[number], report, None, lambda row: {"state": "completed"})
+        search.on_trial_complete(f"id{number}")
+    assert [one.value for one in search._ot_study.trials] == 9 * [4.0]
+    assert not search.copied
+    whole = JournalStorage(JournalFileBackend(f"{folder}/anew.journal"))
+    HonestOptunaSearch(config, "frechet", records, whole)
+    assert len(optuna.load_study(study_name=config.name, storage=whole).trials) == 9
 
 
 def test_a_disk_that_fills_up_within_tune_is_said_with_the_way_on(disk, row):
