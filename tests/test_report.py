@@ -137,10 +137,14 @@ def test_verdict_says_the_winner_its_interval_ties_and_the_ceiling():
     assert "trained models only" in text
 
 
-def test_a_confirmed_winner_speaks_of_the_configuration():
-    page = Page(render([], ranking(entry(1, "t1", confirmed=True), entry(2, "t0")))).text
-    assert "they speak of the configuration" in page
+def test_intervals_say_whether_they_are_of_a_configuration_each_by_itself():
+    first, second, failed = entry(1, "t1", confirmed=True), entry(2, "t0"), entry(None, "t4", reason="it diverged")
+    page = Page(render([], ranking(first, second, failed))).text
     assert "can be told apart from every other" in page
+    assert "The intervals of t1 include the spread between training seeds: they speak of the configuration." in page
+    assert "Those of the others speak of the trained models only" in page
+    every = Page(render([], ranking(first, second | {"confirmed": True}, failed))).text
+    assert "The intervals include the spread between training seeds: they speak of the configurations." in every
 
 
 def test_real_images_stand_in_the_column_of_their_own_number():
