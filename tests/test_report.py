@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation import analysis, report, report_tables, report_words
+from evaluation import analysis, report, report_figures, report_tables, report_words
 from evaluation.events import Events
 from search import config
 
@@ -378,3 +378,10 @@ def test_importance_is_shown_where_there_are_trials_enough(monkeypatch: pytest.M
     assert f"cosine, {analysis.MIN_TRIALS} trials" in text
     assert "left out: linear (0), polynomial (0), sigmoid (0)" in text
     assert re.search(r"Beyond chance learning rate \d+% \d+%", text)
+
+
+@pytest.mark.parametrize("state", ["stopped", "completed"])
+def test_every_family_that_is_drawn_against_cost_has_a_name_in_the_legend(state):
+    rows = [row("t0"), row("t1", state, family="linear"), row("t2", "stopped")]
+    drawn = report_figures.cost_plots(rows, "frechet")
+    assert [drawn.count(f">{family}</text>") for family in ("cosine", "linear")] == [2, 2]  # a panel a measure
