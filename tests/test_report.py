@@ -315,7 +315,7 @@ def test_every_number_has_its_count_of_images_and_a_score_its_spread_and_its_one
     own = {"score": score, "score_pool": 9.58, "kid": {"value": 0.0012, "ci": [0.001, 0.0014]}}
     ranked = ranking(entry(1, "t1", **own), entry(2, "t0"), train_images=50_000, real_images=10_000)
     page = Page(render([], ranked))
-    assert "9.50 9.40 to 9.60 ± 0.04 between splits; one pool 9.58" in page.text
+    assert "9.50 9.40 to 9.60 ± 0.04 between splits one pool 9.58" in page.text
     assert page.text.count("one pool") == 1  # t0 has one split, whose score is the pool's
     assert "KID × 1000 10,000 images, 95% CI" in page.text
     assert (
