@@ -24,6 +24,7 @@ from evaluation.report_words import (
     label,
     number,
     sampler_words,
+    what_intervals_say,
     whole_splits,
 )
 
@@ -165,13 +166,7 @@ def _verdict(ranking: Mapping[str, Any]) -> str:
         f"{fixed(real['score'])}; as many images of the winner score {fixed(same['score'])}. {theirs} to the training "
         f"images are {fixed(real['frechet'])} and {fixed(same['frechet'])}.</p>"
     )
-    scope = (
-        "The intervals include the spread between training seeds: they speak of the configuration."
-        if best["confirmed"]
-        else "The intervals speak of these trained models only: trained again from another seed, a configuration may "
-        "score differently by more than that."
-    )
-    return text + f'<p class="quiet">{scope}</p>'
+    return text + f'<p class="quiet">{escape(what_intervals_say(ranking))}</p>'
 
 
 def _asked(config: Mapping[str, Any], real_samples: np.ndarray | None, metric: str) -> str:

@@ -261,11 +261,13 @@ def cost_plots(rows: Sequence[Row], metric: str) -> str:
         x, y = np.array([(costs[i], values[i]) for i in front]).T
         curves = [Curve("Pareto front", x, y, style=4, steps="post")]
         for family, marker in FAMILY_MARKERS.items():
-            for done, what in ((True, family), (False, f"_{family}")):
+            what = family
+            for done in (True, False):
                 own = [i for i, r in enumerate(found) if r["family"] == family and (r["state"] == "completed") == done]
                 if own:
                     x, y = np.array([(costs[i], values[i]) for i in own]).T
                     curves.append(Curve(what, x, y, _family_style(family), marker=marker, line=False, filled=done))
+                    what = f"_{family}"  # the legend has it already
         ylabel = f"{METRICS[name]} ({better(name)})"
         title = f"{capitalised(METRICS[name])} against cost"
         log_y = name != "score"

@@ -29,7 +29,8 @@ from trainer import schedules
 
 def settings(row: Row) -> str:
     """The cell that says what a trial tried."""
-    rest = [f"learning rate {number(row['learning_rate'], 3)}", f"dropout {number(row['dropout'], 2)}"]
+    # A line breaks between settings, not in one.
+    rest = [f"learning\xa0rate\xa0{number(row['learning_rate'], 3)}", f"dropout\xa0{number(row['dropout'], 2)}"]
     rest += [f"{name} {value}" for name, value in (row.get("settings") or {}).items()]
     return f"<span>{escape(label(row))}<small>{escape(', '.join(rest))}</small></span>"
 
@@ -99,8 +100,8 @@ def _splits(entry: Mapping[str, Any]) -> str:
     score, pool = entry["score"], entry.get("score_pool")
     if score is None or pool is None or math.isclose(pool, score["mean"]):
         return ""
-    spread = "" if score["std"] is None else f"± {fixed(score['std'])} between splits; "
-    return f"<small>{spread}one pool {fixed(pool)}</small>"
+    spread = "" if score["std"] is None else f"<small>± {fixed(score['std'])} between splits</small>"
+    return f"{spread}<small>one pool {fixed(pool)}</small>"
 
 
 def confirmation(entry: Mapping[str, Any]) -> str:

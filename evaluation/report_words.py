@@ -96,6 +96,24 @@ def joined(words: Sequence[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
+def what_intervals_say(ranking: Mapping[str, Any]) -> str:
+    """Whether a ranking's intervals are of its trained models or, confirmed, of configurations: of each row."""
+    scored = [entry for entry in ranking["trials"] if entry["score"] is not None]
+    confirmed = [entry["trial"] for entry in scored if entry["confirmed"]]
+    only = (
+        "speak of the trained models only: trained again from another seed, a configuration may score differently by "
+        "more than that"
+    )
+    if not confirmed:
+        return f"The intervals {only} (final.confirm tries it)."
+    if len(confirmed) == len(scored):
+        return "The intervals include the spread between training seeds: they speak of the configurations."
+    return (
+        f"The intervals of {joined(confirmed)} include the spread between training seeds: they speak of the "
+        f"configuration. Those of the others {only}."
+    )
+
+
 def table(columns: Sequence[tuple[str, str]], body: Iterable[tuple[str, Sequence[str]]]) -> str:
     """columns: (heading, class), n for numbers and w for text that wraps; body: (class, cells). All of it is HTML.
 

@@ -259,7 +259,7 @@ def evaluate_again(
 
 
 def _candidates(config: SearchConfig, records: Records, metric: str) -> list[stage.Candidate]:
-    """The best trials that were trained in full; stopped ones only where there is none."""
+    """The best trials that were trained in full; stopped ones only where there are none."""
     trained = [row for row in watch.in_order(records, metric) if row.checkpoint and row.rungs and row.state != "failed"]
 
     def fully(row: Row) -> bool:

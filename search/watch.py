@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from evaluation.report_words import label
+from evaluation.report_words import label, what_intervals_say
 from search.records import ENDED, OPEN, Records, Row
 
 SHOWN = 16  # rows of the live table
@@ -259,18 +259,8 @@ def ranking_notes(ranking: dict[str, Any]) -> str:
     return (
         f"{ranking['score_name']} of {ranking['images']:,} images in splits of {ranking['split_size']:,}{dropped}; "
         f"extractor {ranking['extractor']}; {ranking.get('weights', 'ema')} weights; sampler {sampler}.\n"
-        + _what_intervals_say(ranking)
+        + what_intervals_say(ranking)
     )
-
-
-def _what_intervals_say(ranking: dict[str, Any]) -> str:
-    scored = [row for row in ranking["trials"] if row["score"] is not None]
-    confirmed = [row["trial"] for row in scored if row["confirmed"]]
-    if not confirmed:
-        return "Intervals speak of each trained checkpoint, not of its configuration (final.confirm)."
-    if len(confirmed) == len(scored):
-        return "Intervals speak of the configurations: each was trained again from new seeds."
-    return f"Intervals of {', '.join(confirmed)} speak of the configuration, others of the checkpoint."
 
 
 def _clock(seconds: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation import analysis, report, report_tables, report_words
+from evaluation import analysis, report, report_figures, report_tables, report_words
 from evaluation.events import Events
 from search import config
 
@@ -137,10 +137,14 @@ def test_verdict_says_the_winner_its_interval_ties_and_the_ceiling():
     assert "trained models only" in text
 
 
-def test_a_confirmed_winner_speaks_of_the_configuration():
-    page = Page(render([], ranking(entry(1, "t1", confirmed=True), entry(2, "t0")))).text
-    assert "they speak of the configuration" in page
+def test_intervals_say_whether_they_are_of_a_configuration_each_by_itself():
+    first, second, failed = entry(1, "t1", confirmed=True), entry(2, "t0"), entry(None, "t4", reason="it diverged")
+    page = Page(render([], ranking(first, second, failed))).text
     assert "can be told apart from every other" in page
+    assert "The intervals of t1 include the spread between training seeds: they speak of the configuration." in page
+    assert "Those of the others speak of the trained models only" in page
+    every = Page(render([], ranking(first, second | {"confirmed": True}, failed))).text
+    assert "The intervals include the spread between training seeds: they speak of the configurations." in every
 
 
 def test_real_images_stand_in_the_column_of_their_own_number():
@@ -311,7 +315,7 @@ def test_every_number_has_its_count_of_images_and_a_score_its_spread_and_its_one
     own = {"score": score, "score_pool": 9.58, "kid": {"value": 0.0012, "ci": [0.001, 0.0014]}}
     ranked = ranking(entry(1, "t1", **own), entry(2, "t0"), train_images=50_000, real_images=10_000)
     page = Page(render([], ranked))
-    assert "9.50 9.40 to 9.60 ± 0.04 between splits; one pool 9.58" in page.text
+    assert "9.50 9.40 to 9.60 ± 0.04 between splits one pool 9.58" in page.text
     assert page.text.count("one pool") == 1  # t0 has one split, whose score is the pool's
     assert "KID × 1000 10,000 images, 95% CI" in page.text
     assert (
@@ -374,3 +378,10 @@ def test_importance_is_shown_where_there_are_trials_enough(monkeypatch: pytest.M
     assert f"cosine, {analysis.MIN_TRIALS} trials" in text
     assert "left out: linear (0), polynomial (0), sigmoid (0)" in text
     assert re.search(r"Beyond chance learning rate \d+% \d+%", text)
+
+
+@pytest.mark.parametrize("state", ["stopped", "completed"])
+def test_every_family_that_is_drawn_against_cost_has_a_name_in_the_legend(state):
+    rows = [row("t0"), row("t1", state, family="linear"), row("t2", "stopped")]
+    drawn = report_figures.cost_plots(rows, "frechet")
+    assert [drawn.count(f">{family}</text>") for family in ("cosine", "linear")] == [2, 2]  # a panel a measure

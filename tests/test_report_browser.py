@@ -16,20 +16,30 @@ pytestmark = [
     pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser: there is no {CHROMIUM}"),
 ]
 
+TRIAL, OTHER = "t0012-polynomial", "t0003-polynomial"
+SCORED = {
+    "score": {"mean": 9.5, "std": 0.04, "ci": [9.4, 9.6]},
+    "score_pool": 9.58,
+    "frechet": {"value": 105.0, "ci": [104.8, 105.2]},
+    "kid": {"value": 0.0123, "ci": [0.0113, 0.0133]},
+    "to_next": {"score": 0.123, "ci": [-0.05, 0.3]},
+    "at_real_n": {"n": 360, "score": 9.21, "frechet": 107.9, "precision": 0.8, "recall": 0.71},
+    "learning_rate": 1.23456e-4,
+}
 ENTRIES = [
-    entry(1, "t1", tied_with=["t0"]),
-    entry(2, "t0", tied_with=["t1"]),
+    entry(1, TRIAL, tied_with=[OTHER], **SCORED),
+    entry(2, OTHER, tied_with=[TRIAL], **SCORED),
     entry(None, "t4", reason="a reason that is too long for a phone's screen " * 3),
 ]
 
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [*ROWS, row("t6-a-long-name-of-a-trial", learning_rate=1.23456e-4, rungs=[])]
+    rows = [*ROWS, row("t6-a-long-name-of-a-trial", learning_rate=1.23456e-4, rungs=[]), row(TRIAL), row(OTHER)]
     scalars = {"train/loss": [(1, 0.9), (2, 0.4)], "train/learning_rate": [(1, 2e-4), (2, 1e-4)]}
-    events = {"t1": Events(scalars, GRID, [(0.0, 7200.0)]), "t0": Events({}, GRID, [(0.0, 3600.0)])}
+    events = {TRIAL: Events(scalars, GRID, [(0.0, 7200.0)]), "t0": Events({}, GRID, [(0.0, 3600.0)])}
     file = tmp_path_factory.mktemp("report") / "index.html"
-    given = {"samples": {"t1": IMAGES, "t0": IMAGES}, "real_samples": IMAGES, "events": events}
+    given = {"samples": {TRIAL: IMAGES, OTHER: IMAGES}, "real_samples": IMAGES, "events": events}
     file.write_text(render(rows, ranking(*ENTRIES), **given))
     return file
 
@@ -83,6 +93,26 @@ def test_nothing_is_wider_than_the_screen(opened: Any):
     assert sticking_out == []
 
 
+def test_a_table_shows_all_its_columns_without_scrolling(opened: Any):
+    wide = opened.evaluate(
+        "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.scrollWidth)"
+    )
+    assert wide == []
+
+
+def test_what_is_said_below_a_value_stands_below_it(opened: Any):
+    beside = opened.evaluate(
+        """() => [...document.querySelectorAll('td > small')].filter(small => {
+            const before = document.createRange();
+            before.setStart(small.parentElement, 0);
+            before.setEndBefore(small);
+            const end = Math.max(...[...before.getClientRects()].map(box => box.bottom));
+            return small.getBoundingClientRect().top < end - 1;
+        }).map(small => small.parentElement.innerText)"""
+    )
+    assert beside == []
+
+
 def test_no_text_of_a_figure_is_cut_off(opened: Any):
     cut = opened.evaluate(
         """() => [...document.querySelectorAll('.panels svg')].flatMap(svg => {
@@ -105,4 +135,4 @@ def test_leaderboard_has_the_rankings_rows_in_their_order(opened: Any):
     assert [cells[0] for cells in rows] == [str(each["rank"] or "") for each in ENTRIES]
     assert [cells[1].split("\n")[0] for cells in rows] == [each["trial"] for each in ENTRIES]
     assert [cells[2].split()[0] for cells in rows] == ["9.50", "9.50", "–"]
-    assert [cells[5] for cells in rows] == ["t0", "t1", "–"]
+    assert [cells[6] for cells in rows] == [OTHER, TRIAL, "–"]

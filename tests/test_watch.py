@@ -245,9 +245,9 @@ def test_a_reason_that_looks_like_markup_is_shown_as_it_is(tmp_path, row):
 @pytest.mark.parametrize(
     ("confirmed", "said"),
     [
-        (0, "Intervals speak of each trained checkpoint"),
-        (1, "Intervals of t0001-polynomial speak of the configuration, others of the checkpoint."),
-        (2, "Intervals speak of the configurations: each was trained again"),
+        (0, "The intervals speak of the trained models only"),
+        (1, "Those of the others speak of the trained models only"),
+        (2, "they speak of the configurations."),
     ],
 )
 def test_the_notes_say_of_what_the_intervals_speak(ranking, confirmed, said):
