@@ -23,6 +23,7 @@ def page() -> str:
         ("sampling_throughput", sampling_throughput),
         ("rank_agreement", rank_agreement),
         ("pool_or_ray_data", pool_or_ray_data),
+        ("soak", soak),
     ):
         for path in sorted(RESULTS.glob(f"{name}*.json")):
             result = json.loads(path.read_text())
@@ -209,6 +210,29 @@ def rank_agreement(result: dict[str, Any]) -> str:
             f"their ranking at each setting and that at {full['steps']} {result['sampler']['name'].upper()} steps and "
             f"{full['images']:,} images. In brackets 95 % percentile bootstrap intervals over the trials.",
             _table(["steps", "images", "by the score", "by the Fréchet distance"], rows),
+        ]
+    )
+
+
+def soak(result: dict[str, Any]) -> str:
+    names = {
+        "ray::RayTrainWorker": "workers of trainings",
+        "ray::ImplicitFunc": "trials' own processes",
+        "driver": "drivers with their whole Ray, each resumed",
+    }
+    killed = ", ".join(f"{result['kills'].get(kind, 0)} {name}" for kind, name in names.items())
+    states = ", ".join(f"{count} {state}" for state, count in result["trials"].items())
+    memory, missed = result["driver_mib"], result["missed"]
+    return "\n\n".join(
+        [
+            "## Something dies every twenty seconds",
+            f"{result['minutes']:g} minutes of a search of short trials, two at once on two cores, of which something "
+            f"was killed every 20 s: {killed}. The search came to its own end ({result['ended']}). Trials: {states}; "
+            f"broken: {len(result['broken_trials'])}; epochs trained twice: {result['epochs_trained_twice']}; "
+            f"checkpoints kept of a trial: {result['most_checkpoints_kept_of_a_trial']} at most; processes left: "
+            f"{len(result['processes_left'])}. A trial that was killed more often than it may be started again (three "
+            f"times) is failed. The driver's memory, MiB: {memory['largest']:.0f} at most, {memory['grown']:+.0f} over "
+            f"{memory['over_trials']} trials. Missed: {', '.join(missed) or 'nothing'}.",
         ]
     )
 
