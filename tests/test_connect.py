@@ -91,6 +91,7 @@ def test_an_address_where_nothing_answers_is_refused_at_once(address):
         pass
 
 
+@pytest.mark.slow
 def test_a_ray_that_does_not_start_here_is_said_in_a_line(tmp_path):
     """Its sockets' paths may not be longer than 107 bytes."""
     deep = tmp_path / ("d" * 110)
@@ -203,6 +204,7 @@ def test_a_local_ray_listens_on_loopback_alone_and_asks_for_a_token(tmp_path, tm
     assert stat.S_IMODE((tmp_path / ".ray" / "auth_token").stat().st_mode) == 0o600
 
 
+@pytest.mark.slow
 def test_a_reused_process_waits_for_what_a_stopped_trial_still_stores(tmp_path):
     """Tune's own function trainable; by itself it waits for 2 s, and then fails the next trial."""
     command = (sys.executable, "-c", REUSED, str(tmp_path))

@@ -167,6 +167,7 @@ def test_ranked_images_that_are_gone_are_said_to_be_gone(finished, how):
     assert "<code>ddpm-search evaluate</code>" in page
 
 
+@pytest.mark.slow
 def test_a_report_of_a_damaged_checkpoint_is_drawn_and_names_the_trial(finished):
     _, run = finished
     place = "train/t0000-cosine/checkpoint_000000001"
@@ -182,6 +183,7 @@ def test_a_report_of_a_damaged_checkpoint_is_drawn_and_names_the_trial(finished)
     assert run.root not in page.partition("no longer at hand")[2].partition("<h2")[0]
 
 
+@pytest.mark.slow
 def test_a_winner_whose_weights_are_damaged_has_a_report_and_a_remedy(finished):
     """Its images were drawn before, so that the ranking has it."""
     config, run = finished

@@ -41,6 +41,7 @@ def test_tpe_knows_of_families_and_of_running_trials_by_default():
     assert (plain._multivariate, plain._group, plain._constant_liar) == (False, False, True)
 
 
+@pytest.mark.slow
 def test_each_family_s_parameters_are_drawn_as_optuna_s_own_tpe_draws_them():
     """Only the random numbers are other ones: the means over many draws agree, family by family."""
     config = load("digits", ["known_points=[]"])

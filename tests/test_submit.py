@@ -115,6 +115,7 @@ def ask(home: Path, token: str | None, *command: str) -> subprocess.CompletedPro
     return subprocess.run(whole, env=with_token(home), capture_output=True, text=True, timeout=60, check=False)
 
 
+@pytest.mark.slow
 def test_a_dashboard_that_asks_for_a_token_says_what_to_do(dashboard, tmp_path):
     done = ask(tmp_path, None, "submit", "digits", "--storage", "/runs", "--dashboard", dashboard)
     assert done.returncode == 2, done.stderr
@@ -122,6 +123,7 @@ def test_a_dashboard_that_asks_for_a_token_says_what_to_do(dashboard, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["cut", "ended"])
 def test_a_log_is_read_with_the_token_that_lies_here_and_its_breaking_off_ends_no_job(dashboard, tmp_path, job):
     done = ask(tmp_path, "right", "logs", job, "--dashboard", dashboard)
