@@ -5,8 +5,8 @@
 Killed are a training's worker, a trial's own process, or the driver with its whole local Ray, which is then resumed.
 Then the search comes to its own end, its budget spent. Fails where it does not, where a trial is left open, lacks a
 rung or its checkpoint, or failed though it was started again three times at most; where it trained more epochs twice
-than it met kills, or keeps more than 3 checkpoints; where the memory of a driver that saw ten trials or more grew by
-more than 1 MiB a trial, or a process is left.
+than it met kills, or keeps more than 3 checkpoints; where the driver's memory grows by more than 1 MiB a trial (of ten
+or more), or a process is left.
 """
 
 import argparse
@@ -82,18 +82,14 @@ def kill(driver: psutil.Popen, victim: str, chance: random.Random) -> bool:
 
 
 def growth(memory: Sequence[tuple[int, int, float]]) -> tuple[float, int]:
-    """MiB, and over how many trials, of (life of the driver, trials ended, its MiB): of the life that saw the most.
-
-    From the first trial that ended in it, for its start is no growth.
-    """
-    grown = []
+    """MiB, and over how many trials, of (life of the driver, trials ended, its MiB): from each life's first to end."""
+    grown, trials = 0.0, 0
     for _, samples in groupby(memory, key=lambda sample: sample[0]):
-        first, *later = samples
-        later = [sample for sample in later if sample[1] > first[1]]
+        of_life = list(samples)
+        later = [sample for sample in of_life if sample[1] > of_life[0][1]]
         if later:
-            grown.append((later[-1][1] - later[0][1], later[-1][2] - later[0][2]))
-    trials, mib = max(grown, default=(0, 0.0))
-    return mib, trials
+            grown, trials = grown + later[-1][2] - later[0][2], trials + later[-1][1] - later[0][1]
+    return grown, trials
 
 
 def trained(run: Storage) -> dict[str, list[int]]:

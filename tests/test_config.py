@@ -174,7 +174,8 @@ def test_a_key_that_is_given_twice_is_refused(tmp_path):
 
 
 def test_of_a_family_s_ranges_some_corner_must_be_a_schedule():
-    load("digits", ["space.families.cosine.start.low=-0.5"])  # others of its schedules are screened
+    config = load("digits", ["space.families.cosine.start.low=-0.5"])  # others of its schedules are screened
+    assert config.space.families["cosine"].start.low == -0.5
 
 
 ROOT = Path(__file__).parents[1]
