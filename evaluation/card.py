@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.export import PROVENANCE, TORCH_EXPORT
+from evaluation.report_words import chance
 from trainer.checkpoint import Checkpoint
 from trainer.config import DataConfig, ModelConfig
 
@@ -132,10 +133,12 @@ def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial
     tied = ", ".join(entry["tied_with"]) or "no other"
     drawn = ranking["sampler"] | ({"steps": entry["steps"]} if entry.get("steps") else {})  # a schedule may have fewer
     sampler = ", ".join(f"{key} {value}" for key, value in drawn.items())
-    this, own = "this model", []
+    this, of = "this model", "of this trained model, not of its configuration"
     if entry["confirmed"]:
-        this = f"the configuration, mean of {len(entry['seeds'])} new seeds"
-        own = [_seed(seed, name, trial) for seed in entry["by_seed"]]
+        this, of = f"the configuration, mean of {len(entry['seeds'])} new seeds", "of the configuration"
+    elif trial != entry["trial"]:  # too few of the configuration's new seeds could be scored to confirm it
+        this, of = f"its first training, {entry['trial']}", f"of {entry['trial']}, not of its configuration"
+    own = [] if this == "this model" else [_seed(seed, name, trial) for seed in entry["by_seed"]]
     return [
         f"| | {name} | Fréchet distance |",
         "|---|---|---|",
@@ -144,8 +147,7 @@ def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial
         f"| real held-out images, {real_n} | {real['score']:.3f} | {real['frechet']:.3f} |",
         "",
         f"Rank {entry['rank']} of {sum(e['rank'] is not None for e in ranking['trials'])}; best with probability "
-        f"{entry['p_best']:.2f}; not told apart from {tied}. Brackets are 95% confidence intervals, "
-        + ("of the configuration." if entry["confirmed"] else "of this trained model, not of its configuration."),
+        f"{chance(entry['p_best'])}; not told apart from {tied}. Brackets are 95% confidence intervals, {of}.",
         "",
         *(f"- {line}" for line in own),
         *([""] if own else []),

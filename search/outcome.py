@@ -68,7 +68,8 @@ def export_trial(
         )
     found = checkpoint.load(run.at(row.checkpoint))
     entries = ranked["trials"] if ranked else []
-    entry = next((e for e in entries if trial == e["trial"] or trial in (e.get("seeds") or ())), None)
+    trainings = ((entry, {seed["trial"] for seed in entry.get("by_seed") or ()}) for entry in entries)
+    entry = next((entry for entry, seeds in trainings if trial == entry["trial"] or trial in seeds), None)
     weights = weights or (ranked or {}).get("weights", config.final.weights)
     raw = weights == "raw"
     text = card.model_card(config.name, dataclasses.asdict(row), found, ranked, entry, raw, torch_export)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from evaluation.report_words import label, what_intervals_say
+from evaluation.report_words import chance, label, what_intervals_say
 from search.records import ENDED, OPEN, Records, Row
 
 SHOWN = 16  # rows of the live table
@@ -229,7 +229,7 @@ def ranking_table(ranking: dict[str, Any], space: str = "alpha_bar") -> FittedTa
         table.add_row(
             *start, f"{score['mean']:.3f}", f"{score['ci'][0]:.3f}–{score['ci'][1]:.3f}",
             f"{frechet['value']:.2f}", f"{frechet['ci'][0]:.2f}–{frechet['ci'][1]:.2f}",
-            *_diversity(row, (row.get("kid") or {}).get("value")), f"{row['p_best']:.2f}",
+            *_diversity(row, (row.get("kid") or {}).get("value")), chance(row["p_best"]),
             _lead(row.get("to_next")), ", ".join(row["tied_with"]) or "–",
         )  # fmt: skip
     reference("Gaussian noise", noise)

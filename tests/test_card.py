@@ -132,11 +132,17 @@ def test_card_of_a_confirmed_configuration_names_every_seed_and_this_one():
     assert "Seed 9 (t0003-cosine-seed9): no score: the loss is nan." in said
     assert "intervals, of the configuration." in said
 
+    entry = {**entry, "confirmed": False, "trial": "t0003-cosine-seed8", "seeds": ["t0003-cosine-seed8"]}
+    said = card(ranking, entry)
+    assert "| its first training, t0003-cosine-seed8, 1,000 images | 8.900 [8.500, 9.300] |" in said
+    assert "Seed 7 (t0003-cosine): classifier score 9.400, Fréchet distance 6.000; **this model**." in said
+    assert "intervals, of t0003-cosine-seed8, not of its configuration." in said
+
 
 def test_card_states_parameters_scores_with_intervals_and_cost():
     entry = {
         **{"rank": 1, "score": {"mean": 9.5, "ci": [9.4, 9.6]}, "frechet": {"value": 5.0, "ci": [4.8, 5.2]}},
-        **{"at_real_n": {"n": 360, "score": 9.2, "frechet": 7.9}, "p_best": 0.8},
+        **{"at_real_n": {"n": 360, "score": 9.2, "frechet": 7.9}, "p_best": 0.999, "trial": "t0003-cosine"},
         **{"tied_with": ["t0"], "confirmed": False, "steps": 20},
     }
     ranking = {
@@ -150,7 +156,7 @@ def test_card_states_parameters_scores_with_intervals_and_cost():
         assert part in said
     assert "| real held-out images, 360 | 9.770 | 1.250 |" in said
     assert "2 worker-hours" in said
-    assert "not told apart from t0" in said
+    assert "best with probability > 0.99; not told apart from t0." in said  # a simulation is never sure
     assert "splits of 5,000 images; sampler name ddim, steps 20, seed 3." in said  # T has no more
 
 

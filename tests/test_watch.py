@@ -185,7 +185,7 @@ def ranking():
                   to_next=dict(score=0.1212, ci=[-0.0789, 0.3213]),
                   tied_with=["t0002-sigmoid", "t0003-cosine", "t0004-cosine"]),
             entry(2, "t0002-sigmoid", score=dict(mean=8.77, std=0.1, ci=[8.6, 8.94]),
-                  frechet=dict(value=4.3, ci=[3.37, 5.22]), p_best=0.11),
+                  frechet=dict(value=4.3, ci=[3.37, 5.22]), p_best=0.006),
             entry(None, "t0005-cosine", reason="its checkpoint is damaged"),
         ],
     )  # fmt: skip
@@ -217,6 +217,7 @@ def test_a_wide_ranking_shows_intervals_ties_and_why_a_trial_has_no_score(rankin
     values = ("8.743–9.040", "1200.50–1300.50", "0.86", "2.0e-03", "0.121 ±0.200")
     for part in (*values, "t0002-sigmoid, t0003-cosine, t0004-cosine"):
         assert part in first
+    assert "< 0.01" in text  # as the report says it
     assert "its checkpoint is damaged" in text
 
 
