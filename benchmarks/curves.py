@@ -28,8 +28,6 @@ from evaluation.sampling import sample_images
 from evaluation.scores import frechet_distance
 from search import config, space
 from search.config import SearchConfig
-from search.records import Row
-from search.searcher import screen
 from trainer import data, loop, schedules
 from trainer.config import TrainConfig
 from trainer.data_cache import cache_folder
@@ -142,8 +140,8 @@ def pool(search: SearchConfig) -> list[dict[str, Any]]:
     wanted = {"random": KNOWN_AND_RANDOM - len(known), "failing": FAILING}
     drawn: dict[str, list[dict[str, Any]]] = {source: [] for source in wanted}
     while any(len(drawn[source]) < count for source, count in wanted.items()):
-        params = space.flat(draw(study.ask()))
-        fails = screen(search, Row(trial="", source="suggested", seed=0, **params)) is not None
+        drawn_params = draw(study.ask())
+        params, fails = space.flat(drawn_params), space.screen(search, drawn_params) is not None
         # The first draws are the random ones, whatever they are; later ones are looked through for those that fail.
         source = "random" if len(drawn["random"]) < wanted["random"] else "failing" if fails else None
         if source and len(drawn[source]) < wanted[source]:
@@ -218,7 +216,7 @@ def _train(
     return Curve(
         index=index,
         source=params["source"],
-        screened=screen(search, Row(trial="", source="suggested", **row)),
+        screened=space.screen(search, space.params_of(row)),
         failure=failure,
         epochs=watch.epochs,
         fresh_frechet=watch.fresh,

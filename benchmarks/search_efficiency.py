@@ -106,7 +106,7 @@ def ours(
     with ExitStack() as stack:
         records = Records(Storage(stack.enter_context(tempfile.TemporaryDirectory(dir=fast))))
         if without == "screen":
-            stack.enter_context(patch.object(searcher, "screen", lambda config, row: None))
+            stack.enter_context(patch.object(space, "screen", lambda config, params: None))
         search = searcher.HonestOptunaSearch(config, "frechet", records, None)
         if without == "TPE":
             search._ot_study.sampler = optuna.samplers.RandomSampler(seed)

@@ -81,15 +81,14 @@ def kill(driver: psutil.Popen, victim: str, chance: random.Random) -> bool:
     return bool(found)
 
 
-def growth(memory: Sequence[tuple[int, int, float]]) -> tuple[float, int]:
-    """MiB, and over how many trials, of (life of the driver, trials ended, its MiB): from each life's first to end."""
-    grown, trials = 0.0, 0
+def growth(memory: Sequence[tuple[int, int, float]]) -> list[dict[str, float]]:
+    """Of each life of the driver, from samples (life, trials ended, its MiB): what it grew by after its first trial."""
+    lives = []
     for _, samples in groupby(memory, key=lambda sample: sample[0]):
         of_life = list(samples)
-        later = [sample for sample in of_life if sample[1] > of_life[0][1]]
-        if later:
-            grown, trials = grown + later[-1][2] - later[0][2], trials + later[-1][1] - later[0][1]
-    return grown, trials
+        later = [sample for sample in of_life if sample[1] > of_life[0][1]] or of_life[-1:]
+        lives.append({"trials": later[-1][1] - later[0][1], "mib": later[0][2], "grown": later[-1][2] - later[0][2]})
+    return lives
 
 
 def trained(run: Storage) -> dict[str, list[int]]:
@@ -172,7 +171,8 @@ class Soak:
         broken = [row.trial for row in rows if not self.is_whole(place, row)]
         twice = {trial: len(done) - len(set(done)) for trial, done in trained(place).items()}
         kept = [len(checkpoint.names(place.at("train", trial))) for trial in place.names("train")]
-        grown, over = growth(self.memory)
+        lives = growth(self.memory)
+        grown, over = (sum(life[what] for life in lives) for what in ("grown", "trials"))
         result = {
             "minutes": self.minutes,
             "ended": self.ended,
@@ -184,6 +184,7 @@ class Soak:
                 "largest": max((size for *_, size in self.memory), default=0.0),
                 "grown": grown,
                 "over_trials": over,
+                "lives": lives,
             },
             "most_checkpoints_kept_of_a_trial": max(kept, default=0),
             "processes_left": self.left,

@@ -2,8 +2,10 @@
 
 import inspect
 import warnings
+from functools import partial
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, TPESampler
@@ -12,6 +14,7 @@ from optuna.trial import FrozenTrial
 
 from search import space
 from search.config import SearchConfig, UserError
+from search.space_config import Range
 from trainer.config import SEEDS
 
 # Multivariate: parameters together. Group: a family's own apart from the others'. Constant liar: a running trial counts
@@ -21,20 +24,41 @@ SHORT = {"tpe": "TPESampler", "random": "RandomSampler"}
 
 
 class FamilyTPE(TPESampler):
-    """TPE that draws the family first, and then the parameters of that family alone.
+    """TPE that draws the family first, and then the parameters of that family alone: the best that pass the screen.
 
-    Optuna's own draws those of every family for each trial, and three quarters of its work are thrown away
-    (benchmarks/simulate_scale.py). What is drawn for the chosen family has the same distribution.
+    Optuna's own draws those of every family for each trial, and three quarters of its work are thrown away; of what is
+    left a third failed the screen (benchmarks/simulate_scale.py). Where every candidate passes it, what is drawn for
+    the chosen family has the same distribution.
     """
+
+    def __init__(self, config: SearchConfig, **settings: Any):
+        super().__init__(**settings)
+        self._config = config
+        self._drawn: space.Params = {}  # for the next trial: its family, and what all families share
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        own = {name: name.split(".")[0] for name in search_space if "." in name and not name.startswith("train.")}
-        shared = {name: space for name, space in search_space.items() if name not in own}
-        params: dict[str, Any] = super().sample_relative(study, trial, shared)
-        chosen = {name: search_space[name] for name, family in own.items() if family == params.get("family", family)}
-        return params | super().sample_relative(study, trial, chosen)
+        families = list(self._config.space.families)
+        own = {name: of for name in search_space if (of := name.split(".")[0]) in families}
+        self._drawn = {}
+        shared = super().sample_relative(study, trial, {n: d for n, d in search_space.items() if n not in own})
+        if not shared and len(families) > 1:
+            return {}  # too few trials have ended for any but random ones
+        self._drawn = {"family": families[0]} | shared
+        chosen = {name: search_space[name] for name, of in own.items() if of == self._drawn["family"]}
+        return shared | super().sample_relative(study, trial, chosen)
+
+    def _compute_acquisition_func(self, samples: dict[str, np.ndarray], *estimators: Any) -> np.ndarray:
+        """Of TPE's candidates, those that are better than the best one to pass the screen have no value."""
+        values: np.ndarray = super()._compute_acquisition_func(samples, *estimators)
+        known = self._drawn and space.parameters(self._config, self._drawn["family"]) | self._drawn
+        if known and not any(isinstance(value, Range) for name, value in known.items() if name not in samples):
+            for candidate in np.argsort(-values, kind="stable"):
+                if space.screen(self._config, known | {n: v[candidate].item() for n, v in samples.items()}) is None:
+                    break
+                values[candidate] = -np.inf
+        return values
 
 
 def make(config: SearchConfig, drawn: int) -> BaseSampler:
@@ -52,7 +76,7 @@ def make(config: SearchConfig, drawn: int) -> BaseSampler:
         raise UserError(
             f"searcher.options.{min(unknown)}: {name} has no such option; its options are {', '.join(takes)}"
         )
-    sampler = FamilyTPE if name == "TPESampler" else named[name]
+    sampler = partial(FamilyTPE, config) if name == "TPESampler" else named[name]
     settings = DEFAULTS.get(name, {}) | ({"seed": config.seed} if "seed" in takes else {}) | options
     try:
         if drawn and settings.get("seed") is not None:
@@ -61,7 +85,8 @@ def make(config: SearchConfig, drawn: int) -> BaseSampler:
             settings["scramble"] = True
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return sampler(**settings)
+            made: BaseSampler = sampler(**settings)
+            return made
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise UserError(f"searcher.options of {name}: {error}") from error
 

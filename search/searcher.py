@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.trial import TrialState
-from pydantic import ValidationError
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
@@ -163,7 +162,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
         flat = space.flat(params)
         trial = f"t{len(self.records):04d}-{flat['family']}"
         row = Row(trial=trial, source="known" if known else "suggested", seed=self.config.train.seed, **flat)
-        if reason := screen(self.config, row):
+        if reason := space.screen(self.config, params):
             return dataclasses.replace(row, state="screened", reason=reason)
         if found := twin(self.config, row, self.records):
             return dataclasses.replace(row, state="reused", reason=_same(*found), same_as=found[0])
@@ -267,15 +266,6 @@ class HonestOptunaSearch(Live, OptunaSearch):
             return TrialState.COMPLETE
         # One that was completed and drew no finite images has no value to tell.
         return TrialState.PRUNED if row.state == "stopped" and self._values(row) else TrialState.FAIL
-
-
-def screen(config: SearchConfig, row: Row) -> str | None:
-    """Why a row is not worth training: a law its schedule breaks, or too much signal left in x_T. None: it is."""
-    try:
-        training = space.train_config(config, dataclasses.asdict(row))
-    except ValidationError as error:
-        return error.errors()[0]["msg"].removeprefix("Value error, ")
-    return schedules.screen(**training.schedule.model_dump())
 
 
 def twin(config: SearchConfig, row: Row, records: Iterable[Row]) -> tuple[str, float] | None:

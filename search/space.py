@@ -5,9 +5,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import optuna.distributions as od
+from pydantic import ValidationError
 
 from search.config import SearchConfig
 from search.space_config import KnownPoint, Range, Searched
+from trainer import schedules
 from trainer.config import TrainConfig
 
 Params = dict[str, Any]  # names as Optuna knows them: family, cosine.tau, learning_rate, train.batch_size, …
@@ -140,3 +142,12 @@ def train_config(config: SearchConfig, row: Mapping[str, Any]) -> TrainConfig:
     own = {name: row[name] for name in ("learning_rate", "dropout", "seed")}
     schedule = {name: row[name] for name in ("family", "start", "end", "tau")}
     return config.training({**own, "schedule": schedule, **row["settings"]})
+
+
+def screen(config: SearchConfig, params: Params) -> str | None:
+    """Why this is not worth training: a law that its schedule breaks, or too much signal left in x_T. None: it is."""
+    try:
+        training = train_config(config, {"seed": config.train.seed} | flat(params))
+    except ValidationError as error:
+        return error.errors()[0]["msg"].removeprefix("Value error, ")
+    return schedules.screen(**training.schedule.model_dump())

@@ -125,9 +125,10 @@ def test_a_driver_s_memory_is_counted_from_the_first_trial_that_ends_in_its_life
     starts = [(0, 0, 50.0), (0, 0, 300.0)]  # its start is no growth
     flat = [(0, ended, 300.0) for ended in range(1, 30)]
     grows = [(1, 29, 100.0), *((1, 30 + number, 300.0 + 2 * number) for number in range(30))]
-    assert soak.growth(starts) == (0.0, 0)
-    assert soak.growth(starts + flat) == (0.0, 28)
-    assert soak.growth(starts + flat + grows) == (2 * 29, 28 + 29)
+    first = {"trials": 28, "mib": 300.0, "grown": 0.0}
+    assert soak.growth(starts) == [{"trials": 0, "mib": 300.0, "grown": 0.0}]
+    assert soak.growth(starts + flat) == [first]
+    assert soak.growth(starts + flat + grows) == [first, {"trials": 29, "mib": 300.0, "grown": 2.0 * 29}]
 
 
 def test_a_soak_says_what_was_lost(tmp_path, row, rung):

@@ -1,5 +1,7 @@
 """Any sampler of Optuna's may suggest, and what cannot is refused before anything starts."""
 
+from functools import partial
+
 import numpy as np
 import optuna
 import pytest
@@ -43,11 +45,14 @@ def test_tpe_knows_of_families_and_of_running_trials_by_default():
 
 @pytest.mark.slow
 def test_each_family_s_parameters_are_drawn_as_optuna_s_own_tpe_draws_them():
-    """Only the random numbers are other ones: the means over many draws agree, family by family."""
-    config = load("digits", ["known_points=[]"])
+    """Only the random numbers are other ones: the means over many draws agree, family by family.
+
+    In a space of which everything passes the screen.
+    """
+    config = load("digits", ["known_points=[]", "space.families.linear.end={low: 0.02, high: 0.05}"])
     suggest = space.define_by_run(config)
     drawn = []
-    for make in (samplers.FamilyTPE, optuna_samplers.TPESampler):
+    for make in (partial(samplers.FamilyTPE, config), optuna_samplers.TPESampler):
         study = optuna.create_study(sampler=make(seed=0, **samplers.DEFAULTS["TPESampler"]))
         rng = np.random.default_rng(0)
         for _ in range(60):  # the same past for both
@@ -75,6 +80,44 @@ def test_each_family_s_parameters_are_drawn_as_optuna_s_own_tpe_draws_them():
             error = np.hypot(a.std() / len(a) ** 0.5, b.std() / len(b) ** 0.5)
             assert abs(a.mean() - b.mean()) <= 4.5 * error + 1e-9, (family, name)
     assert often >= 2
+
+
+def test_of_what_tpe_would_draw_the_best_that_passes_the_screen_is_suggested():
+    """The best trials were just within the screen, so that a third of what Optuna's own TPE draws fails it."""
+    config = load("digits", ["known_points=[]", "space.families={linear: {}, cosine: {}}"])
+    suggest, failing = space.define_by_run(config), []
+    for make in (partial(samplers.FamilyTPE, config), optuna_samplers.TPESampler):
+        study = optuna.create_study(sampler=make(seed=0, **samplers.DEFAULTS["TPESampler"]))
+        for index in range(30):
+            fixed = {"family": "linear", "linear.start": 1e-4, "linear.end": 0.01 + 0.001 * index}
+            fixed |= {"learning_rate": 1e-3 + 1e-4 * index, "dropout": 0.005 * index}
+            of = space.distributions(config, "linear")
+            study.add_trial(optuna.trial.create_trial(params=fixed, distributions=of, value=float(index)))
+        drawn = []
+        for _ in range(40):
+            trial = study.ask()
+            drawn.append(suggest(trial))
+            study.tell(trial, state=TrialState.FAIL)
+        linear = [params for params in drawn if params["family"] == "linear"]
+        failing.append(sum(space.screen(config, params) is not None for params in linear) / len(linear))
+    assert failing[0] == 0 < 0.15 < failing[1], failing
+
+
+@pytest.mark.parametrize("options", ["{group: false}", "{multivariate: false, group: false}", "{n_startup_trials: 1}"])
+@pytest.mark.parametrize(
+    "families", ["{linear: {}}", "{linear: {end: 0.006}, cosine: {tau: 1}}", "{sigmoid: {}, linear: {start: 1.0e-4}}"]
+)
+def test_tpe_of_other_options_or_partly_fixed_families_still_suggests(options, families):
+    searcher = f"searcher={{name: tpe, options: {options}}}"
+    config = load(
+        "digits", ["known_points=[]", searcher, f"space.families={families}", "space.train={batch_size: [32, 64]}"]
+    )
+    study, suggest = optuna.create_study(sampler=samplers.make(config, 0)), space.define_by_run(config)
+    for index in range(15):
+        trial = study.ask()
+        params = suggest(trial)
+        assert space.contains(config, params)
+        study.tell(trial, float(index))
 
 
 def _uniform(rng, distribution):
