@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import optuna
+from optuna.samplers import TPESampler
+from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
@@ -45,14 +47,16 @@ class HonestOptunaSearch(Live, OptunaSearch):
         budget: Budget | None = None,
     ):
         self.config, self.metric_name, self.records, self.budget = config, metric, records, budget
+        # A resumed search must not draw again what it drew before; a fresh one depends on the seed alone.
+        sampler = samplers.make(config, drawn=len(records))
         super().__init__(
             space=space.define_by_run(config),
             metric=metric,
             mode="max" if metric == "score" else "min",
-            # A resumed search must not draw again what it drew before; a fresh one depends on the seed alone.
-            sampler=samplers.make(config, drawn=len(records)),
+            sampler=sampler,
             study_name=config.name,
-            storage=ShortMemory(),
+            # Others need all: a grid ends when every point of it was tried.
+            storage=ShortMemory() if isinstance(sampler, TPESampler) else InMemoryStorage(),
         )
         # Ended trials are copied: a study that lived in a journal would write ten lines a trial, each with a sync.
         self._copy = optuna.create_study(

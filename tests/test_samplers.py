@@ -130,6 +130,21 @@ def test_a_brute_force_search_suits_a_space_of_choices():
     samplers.check(load("digits", ["searcher=BruteForceSampler", ON_A_GRID]))
 
 
+@pytest.mark.slow
+def test_a_brute_force_search_tries_every_point_of_a_large_grid_once(tmp_path):
+    space = ON_A_GRID.replace("[32, 64]", str(list(range(1, 331))))
+    config = load("digits", ["searcher=BruteForceSampler", space, "known_points=[]", "trials=1000"])
+    records = Records(Storage(tmp_path))
+    search = HonestOptunaSearch(config, "frechet", records, None)
+    while isinstance(suggested := search.suggest(f"{len(records)}"), dict):
+        report = {"epoch": 36, "rung": True, "frechet": 1.0, "worker_seconds": 1.0}
+        records.report(suggested["trial"], report, None, lambda row: {"state": "completed"})
+        search.on_trial_complete(f"{len(records) - 1}")
+    rows = list(records)
+    assert {row.state for row in rows} == {"completed"}
+    assert sorted(row.settings["batch_size"] for row in rows) == list(range(1, 331))
+
+
 @pytest.mark.parametrize(
     "searcher",
     ["tpe", "random", "QMCSampler", "NSGAIISampler", "{name: tpe, options: {seed: 3}}",
