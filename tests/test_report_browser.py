@@ -136,3 +136,11 @@ def test_leaderboard_has_the_rankings_rows_in_their_order(opened: Any):
     assert [cells[1].split("\n")[0] for cells in rows] == [each["trial"] for each in ENTRIES]
     assert [cells[2].split()[0] for cells in rows] == ["9.50", "9.50", "–"]
     assert [cells[6] for cells in rows] == [OTHER, TRIAL, "–"]
+
+
+def test_print_shows_the_whole_configuration_which_the_screen_folds_away(opened: Any):
+    shown = "document.querySelector('details pre').checkVisibility({contentVisibilityAuto: true})"
+    assert not opened.evaluate(shown)
+    opened.emulate_media(media="print")
+    opened.wait_for_function(shown, timeout=10_000)  # from the next frame on
+    assert opened.eval_on_selector("details pre", "pre => pre.getBoundingClientRect().height") > 0
