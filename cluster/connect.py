@@ -49,11 +49,13 @@ class Connection:
     def check_versions(self) -> None:
         """Raises ConnectError where a node, of those that came since this was last asked, has other versions.
 
-        At first also where one cannot say; later, one that comes and goes ends no search.
+        At first also where one that is there cannot say; later, one that comes and goes ends no search.
         """
         here, found = nodes.versions(), [node for node in nodes.living() if node.id not in self.compared]
         first, wrong = not self.compared, []
         for node, there in zip(found, nodes.on_each(found, nodes.versions), strict=True):
+            if isinstance(there, nodes.NodeGoneError):
+                continue
             if isinstance(there, Exception):
                 wrong += [f"{node.name} cannot run this code ({there})"] * first
             elif different := nodes.differences(here, there):

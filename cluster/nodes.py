@@ -34,6 +34,10 @@ def living() -> list[Node]:
     ]
 
 
+class NodeGoneError(Exception):
+    """The node has died, or left the cluster, before it could answer."""
+
+
 def on_each(nodes: Sequence[Node], function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
     """What function(*arguments) gives on each node, or the exception it raised there. It waits for no CPU or GPU."""
     remote = ray.remote(num_cpus=0, max_retries=0)(lambda: function(*arguments))
@@ -42,7 +46,13 @@ def on_each(nodes: Sequence[Node], function: Callable[..., Any], *arguments: Any
         for node in nodes
     ]
     end = time.monotonic() + timeout_s
-    return [_outcome(task, end - time.monotonic()) for task in tasks]
+    outcomes = [_outcome(task, end - time.monotonic()) for task in tasks]
+    # Ray takes a while to notice that a node has died, and names it among the living until then.
+    alive = {node.id for node in living()} if any(isinstance(outcome, Exception) for outcome in outcomes) else set()
+    return [
+        NodeGoneError("it has left the cluster") if isinstance(outcome, Exception) and node.id not in alive else outcome
+        for node, outcome in zip(nodes, outcomes, strict=True)
+    ]
 
 
 def _outcome(task: Any, seconds: float) -> Any:

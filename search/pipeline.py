@@ -170,7 +170,8 @@ def _check_shared(run: Storage) -> None:
     """Raises UserError where a node does not see the run: its trials would train, and be lost."""
     living = nodes.living()
     seen = nodes.on_each(living, run.exists, CONFIG)
-    blind = [node.name for node, sees in zip(living, seen, strict=True) if sees is not True]
+    gone = nodes.NodeGoneError
+    blind = [n.name for n, sees in zip(living, seen, strict=True) if sees is not True and not isinstance(sees, gone)]
     if blind:
         raise UserError(
             f"--storage must be shared by all nodes, but {run.uri} is not seen on {', '.join(blind)}; give a folder of "

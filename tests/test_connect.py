@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.runtime_env.runtime_env import _merge_runtime_env
+from ray_nodes import RayNodes
 
 from cluster import connect, nodes
 from cluster.nodes import Node
@@ -176,6 +177,8 @@ def test_nodes_that_join_later_are_compared_too_and_each_once(monkeypatch):
     monkeypatch.setattr(nodes, "living", lambda: [Node("lost", "lost", 0)])
     with pytest.raises(connect.ConnectError, match="lost cannot run this code"):
         connect.Connection("", local=False).check_versions()
+    monkeypatch.setattr(nodes, "on_each", lambda found, function: [nodes.NodeGoneError()])
+    connect.Connection("", local=False).check_versions()  # it died before this search began
 
 
 def test_an_existing_token_is_taken_from_others_and_kept(tmp_path, monkeypatch):
@@ -210,3 +213,25 @@ def test_a_reused_process_waits_for_what_a_stopped_trial_still_stores(tmp_path):
     command = (sys.executable, "-c", REUSED, str(tmp_path))
     done = subprocess.run(command, env=os.environ | connect.ENVIRONMENT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "True"
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_node_that_has_just_died_is_no_reason_to_refuse_a_cluster(tmp_path, tmp_path_factory):
+    """Ray still names it among the living."""
+    asks = (
+        "import sys; from cluster import connect, nodes\n"
+        "with connect.connected(sys.argv[1], check_versions=False) as ray:\n"
+        "    print('connected', flush=True); input()\n"
+        "    print(len(nodes.living()))\n"
+        "    ray.check_versions()"
+    )
+    with RayNodes(tmp_path, tmp_path_factory.mktemp("r"), 1) as cluster:
+        node = cluster.add(1)
+        command, pipe = (sys.executable, "-c", asks, cluster.address), subprocess.PIPE
+        with subprocess.Popen(command, env=cluster.environment, stdin=pipe, stdout=pipe, text=True) as driver:
+            assert driver.stdout.readline() == "connected\n"
+            cluster.kill(node)
+            said, _ = driver.communicate("\n", timeout=200)
+    assert said.startswith("2\n"), "Ray noticed it at once: this shows nothing"
+    assert driver.returncode == 0
