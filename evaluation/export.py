@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from evaluation.config import SamplerConfig
-from trainer import schedules
 from trainer.checkpoint import Checkpoint
 
 FORMAT = "ddpm-search export 1"  # what marks a folder as ours, so that it may be replaced and read
@@ -45,7 +44,7 @@ def export_pipeline(
     scheduler = DDPMScheduler(
         num_train_timesteps=schedule.steps,
         # Python floats: JSON keeps every bit of them, and so `load_export` has the float64 table of the training.
-        trained_betas=schedules.betas(**schedule.model_dump()).tolist(),
+        trained_betas=schedule.betas().tolist(),
         variance_type=sampler.variance,
         clip_sample=True,
         prediction_type="epsilon",

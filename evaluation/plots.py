@@ -72,7 +72,7 @@ def schedule_panels(configs: Iterable[tuple[ScheduleConfig, int | None]]) -> lis
     """alpha_bar, log-SNR and beta over t/T, of schedules that each have a `Curve.style`."""
     curves: tuple[list[Curve], list[Curve], list[Curve]] = ([], [], [])
     for config, number in configs:
-        betas = schedules.betas(**config.model_dump())
+        betas = config.betas()
         alpha_bar = schedules.alpha_bar(betas)
         shown = np.unique(np.linspace(0, config.steps - 1, MAX_POINTS).round().astype(int))
         x = (shown + 1) / config.steps

@@ -27,7 +27,7 @@ from evaluation.files import holds_images, parquet_of
 from evaluation.ranking import Distance, RankedTrial, TrialSamples, rank
 from evaluation.reference import Reference
 from evaluation.sampling import sample_images
-from trainer import checkpoint, schedules
+from trainer import checkpoint
 from trainer.failures import TooLittleMemoryError, memory_of, too_little_memory_is
 from trainer.storage import Storage
 
@@ -89,7 +89,7 @@ class ShardWorker:
                 return str(error).replace(f"{self.run.uri}/", "")  # a ranking is published, and a run is moved
             self.loaded = path, found, found.denoiser(self.config.weights == "raw").to(self.device)
         _, found, denoiser = self.loaded
-        betas = schedules.betas(**found.config.schedule.model_dump())
+        betas = found.config.schedule.betas()
         shape = tuple(found.meta["image_shape"])
         try:
             with too_little_memory_is(self._out_of_memory):

@@ -22,7 +22,7 @@ from search.disk import disk_bytes, expected_checkpoint_bytes, size
 from search.records import Records
 from search.searcher import HonestOptunaSearch
 from search.space_config import Range, Searched
-from trainer import checkpoint, data, local, loop, schedules
+from trainer import checkpoint, data, local, loop
 from trainer.storage import Storage
 
 STEPS_SECONDS = 3.0  # how long training steps are timed
@@ -65,7 +65,7 @@ def measure(config: SearchConfig, scorer: RungScorer, asked_at: float) -> Measur
         checkpoint_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
     checkpoint_bytes = max(checkpoint_bytes, expected_checkpoint_bytes(config, images.shape))
 
-    denoiser, betas = advance.emas[0].model, schedules.betas(**training.schedule.model_dump())
+    denoiser, betas = advance.emas[0].model, training.schedule.betas()
 
     def rung(steps: int) -> None:
         settings = scorer.sampler.model_copy(update={"steps": steps})

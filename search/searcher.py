@@ -295,5 +295,4 @@ def _same(trial: str, difference: float) -> str:
 
 
 def _alpha_bar(config: SearchConfig, row: Row) -> np.ndarray:
-    schedule = space.train_config(config, dataclasses.asdict(row)).schedule
-    return schedules.alpha_bar(schedules.betas(**schedule.model_dump()))
+    return schedules.alpha_bar(space.train_config(config, dataclasses.asdict(row)).schedule.betas())

@@ -28,7 +28,7 @@ def make_schedule(family: str, start: float, end: float, tau: float, steps: int)
 def schedule_numbers(schedule: ScheduleConfig) -> dict[str, Any]:
     """What `schedule show` prints: beta and alpha_bar (T,), terminal_snr, prior_kl_bits_per_dim, screened."""
     values = schedule.model_dump()
-    betas = schedules.betas(**values)
+    betas = schedule.betas()
     alpha_bar = schedules.alpha_bar(betas)
     return {
         **values,
