@@ -6,7 +6,7 @@ from typing import Any
 from evaluation.export import PROVENANCE, TORCH_EXPORT
 from evaluation.report_words import chance
 from trainer.checkpoint import Checkpoint
-from trainer.config import DataConfig, ModelConfig
+from trainer.config import DataConfig, ModelConfig, Weights
 
 # What those who publish the data say of its use.
 LICENCES = {
@@ -26,7 +26,7 @@ def model_card(
     checkpoint: Checkpoint,
     ranking: dict[str, Any] | None,
     entry: dict[str, Any] | None,
-    raw: bool = False,
+    weights: Weights = "ema",
     torch_export: bool = False,
 ) -> str:
     """The text of README.md.
@@ -49,7 +49,7 @@ def model_card(
         f"Trial {row['trial']} of the search {run_name}, written by ddpm-search. "
         + (
             "The weights are as trained, not their moving average."
-            if raw
+            if weights == "raw"
             else "The weights are their moving average (EMA)."
         ),
         "",
@@ -71,7 +71,7 @@ def model_card(
         "",
         "## Quality",
         "",
-        *_quality(ranking, entry, row["trial"], "raw" if raw else "ema"),
+        *_quality(ranking, entry, row["trial"], weights),
         "",
         "## Use",
         "",
@@ -121,7 +121,7 @@ def _data(data: DataConfig) -> str:
     return f"{_without_path(data.name)}{subset}; trained on {data.train_fraction:.0%} of them, the rest held out"
 
 
-def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial: str, weights: str) -> list[str]:
+def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial: str, weights: Weights) -> list[str]:
     """Scores of the entry, and of `trial` alone where the entry is a configuration's."""
     if ranking is not None and ranking.get("weights", weights) != weights:
         return [f"Not scored: the ranking is of the {ranking['weights']} weights, these are the {weights} ones."]

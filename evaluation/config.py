@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from trainer.config import Config, Seed, absolute
+from trainer.config import Config, Seed, Weights, absolute
 
 
 class SamplerConfig(Config):
@@ -39,7 +39,7 @@ class FinalStageConfig(Config):
         "auto", description="auto: inception where its weights are given or there are no labels, else the classifier"
     )
     inception_weights: str | None = Field(None, description="path of torch-fidelity's weights; None downloads them")
-    weights: Literal["ema", "raw"] = Field("ema", description="raw: as trained, without the moving average")
+    weights: Weights = Field("ema", description="raw: as trained, without the moving average")
     keep_images: bool = Field(False, description="keep every image, in Parquet files beside its features")
     confirm: ConfirmConfig = ConfirmConfig()
 

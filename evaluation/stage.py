@@ -87,7 +87,7 @@ class ShardWorker:
                 found = checkpoint.load(self.run.at(path))
             except checkpoint.BrokenCheckpointError as error:
                 return str(error).replace(f"{self.run.uri}/", "")  # a ranking is published, and a run is moved
-            self.loaded = path, found, found.denoiser(self.config.weights == "raw").to(self.device)
+            self.loaded = path, found, found.denoiser(self.config.weights).to(self.device)
         _, found, denoiser = self.loaded
         betas = found.config.schedule.betas()
         shape = tuple(found.meta["image_shape"])

@@ -19,6 +19,7 @@ from search.config import SearchConfig, UserError
 from search.prepare import preflight
 from search.records import CONFIG, Records, confirmations, open_run, read_ranking
 from trainer import checkpoint
+from trainer.config import Weights
 from trainer.data import Splits
 from trainer.storage import Storage
 
@@ -53,7 +54,7 @@ def export_trial(
     trial: str,
     out: Path | None,
     console: Console,
-    weights: str | None = None,
+    weights: Weights | None = None,
     torch_export: bool = False,
 ) -> None:
     """Exports a trial to `out` (a local folder; None: RUN/export), with samples.png: into `out`, or into RUN.
@@ -71,15 +72,14 @@ def export_trial(
     trainings = ((entry, {seed["trial"] for seed in entry.get("by_seed") or ()}) for entry in entries)
     entry = next((entry for entry, seeds in trainings if trial == entry["trial"] or trial in seeds), None)
     weights = weights or (ranked or {}).get("weights", config.final.weights)
-    raw = weights == "raw"
-    text = card.model_card(config.name, dataclasses.asdict(row), found, ranked, entry, raw, torch_export)
+    text = card.model_card(config.name, dataclasses.asdict(row), found, ranked, entry, weights, torch_export)
     provenance = {"run": config.name, "trial": trial, "checkpoint": row.checkpoint, "weights": weights}
     provenance["checkpoint_meta"] = card.published(found.meta)
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(run.root) if run.is_local else Path(scratch)
         folder, picture = (out, out / "samples.png") if out else (home / "export", home / "samples.png")
         sampler = SamplerConfig.model_validate(ranked["sampler"]) if ranked else config.final.sampler
-        export.export_pipeline(found, folder, sampler, text, provenance, raw, torch_export)
+        export.export_pipeline(found, folder, sampler, text, provenance, weights, torch_export)
         images = _ranked_images(run, ranked, trial, row.checkpoint, weights)
         if images is None:
             images = _drawn_here(folder, sampler, console)
@@ -94,7 +94,7 @@ def export_trial(
 
 
 def _ranked_images(
-    run: Storage, ranked: dict[str, Any] | None, trial: str, path: str, weights: str
+    run: Storage, ranked: dict[str, Any] | None, trial: str, path: str, weights: Weights
 ) -> np.ndarray | None:
     """None where these weights of the checkpoint were not scored, or their images are gone."""
     if ranked is None or ranked.get("weights", "ema") != weights:
@@ -188,7 +188,7 @@ def report_again(path: str, console: Console) -> None:
 
 
 def export_again(
-    path: str, trial: str | None, out: Path, weights: str | None, torch_export: bool, console: Console
+    path: str, trial: str | None, out: Path, weights: Weights | None, torch_export: bool, console: Console
 ) -> None:
     """A trial's export, the winner's where none is named."""
     config, run, records = open_run(path)

@@ -36,7 +36,7 @@ def test_a_checkpoint_comes_back_as_it_was(folder):
     found = checkpoint.load(folder.at("checkpoint_000000005"))
     assert found.config == CONFIG
     assert found.meta["step"] == 5
-    raw, averaged = found.denoiser(raw=True), found.denoiser()
+    raw, averaged = found.denoiser("raw"), found.denoiser()
     for ours, theirs in zip(averaged.parameters(), raw.parameters(), strict=True):
         assert torch.equal(ours, theirs + 1)
     assert not averaged.training

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from trainer import model as unet
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, Weights
 from trainer.storage import Storage
 
 FORMAT = 2
@@ -37,12 +37,12 @@ class Checkpoint:
     def config(self) -> TrainConfig:
         return TrainConfig.model_validate(self.meta["config"])
 
-    def denoiser(self, raw: bool = False) -> nn.Module:
+    def denoiser(self, weights: Weights = "ema") -> nn.Module:
         """The U-Net in eval mode with its best EMA's weights, or those that were trained, on the CPU."""
         config = self.config
-        weights = self.state["model"] if raw else self.state["ema"][str(self.meta["ema_decay"])]
+        state = self.state["model"] if weights == "raw" else self.state["ema"][str(self.meta["ema_decay"])]
         network = unet.build(config.model, tuple(self.meta["image_shape"]), config.dropout, seed=0)
-        network.load_state_dict(weights)
+        network.load_state_dict(state)
         return network.eval().requires_grad_(False)
 
 

@@ -21,6 +21,9 @@ SEEDS = 2**32  # how many there are: 0 and up, as NumPy and Optuna take them
 Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
 
 
+Weights = Literal["ema", "raw"]  # of a checkpoint: the moving average's, or those that were trained
+
+
 class Config(BaseModel):
     """Frozen, and refuses keys it does not know."""
 

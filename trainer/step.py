@@ -16,7 +16,7 @@ from trainer.failures import Worker
 
 
 class Denoiser(nn.Module):
-    """The U-Net with a tensor for its output, which CUDA graphs want."""
+    """The U-Net with a tensor for its output, which CUDA graphs and torch.export want."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
