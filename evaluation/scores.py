@@ -13,6 +13,8 @@ from scipy import special, stats
 
 Array = NDArray[np.float64]
 
+CONFIDENCE = 0.95  # of every interval
+NEIGHBOURS = 3  # k of precision and recall
 CHUNK_ROWS = 1024  # rows of a pairwise matrix held at once: memory is CHUNK_ROWS x N, never N x N
 
 
@@ -28,7 +30,7 @@ class Score(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """An estimate and its two-sided confidence interval."""
+    """An estimate and its two-sided 95% confidence interval."""
 
     value: float
     ci: tuple[float, float]
@@ -154,7 +156,7 @@ def frechet_influence(features: ArrayLike, reference: ArrayLike | FeatureStatist
     return _frechet(stats_a, stats_b, singular), (raw - raw.mean()) / np.sqrt(len(raw) * (len(raw) - 1))
 
 
-def kid(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Interval:
+def kid(a: ArrayLike, b: ArrayLike) -> Interval:
     """Kernel distance of Binkowski 2018 (arXiv:1801.01401): unbiased MMD^2, kernel (x·y/D + 1)^3, over all pairs.
 
     a, b: features (N, D) and (M, D). May be slightly negative. The interval takes both sets as random: the variance is
@@ -162,7 +164,7 @@ def kid(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Interval:
     distribution (where the projections vanish), and never empty.
     """
     value, influence = kid_influence(a, b)
-    half = float(stats.norm.ppf(0.5 + confidence / 2) * np.sqrt(np.square(influence).sum()))
+    half = float(stats.norm.ppf(0.5 + CONFIDENCE / 2) * np.sqrt(np.square(influence).sum()))
     return Interval(value, (value - half, value + half))
 
 
@@ -180,17 +182,17 @@ def kid_influence(a: ArrayLike, b: ArrayLike) -> tuple[float, Array]:
     return value, np.concatenate(parts)
 
 
-def precision_recall(generated: ArrayLike, real: ArrayLike, k: int = 3) -> PrecisionRecall:
+def precision_recall(generated: ArrayLike, real: ArrayLike) -> PrecisionRecall:
     """Improved precision and recall, Kynkäänniemi 2019 (arXiv:1904.06991).
 
     generated (N, D), real (M, D). A set's manifold is the union of balls around its images that reach to their k-th
-    nearest neighbour in the same set. Raises ValueError where a set has no k neighbours.
+    nearest neighbour in the same set, k = 3 as in the paper. Raises ValueError where a set has no k neighbours.
     """
     x, y = _matrix(generated, "features"), _matrix(real, "features")
     _same_width(x[0], y[0])
-    if k < 1 or min(len(x), len(y)) <= k:
-        raise ValueError(f"1 <= k < number of images must hold, but got {k=} with {len(x)} and {len(y)} images")
-    return PrecisionRecall(_share_inside(x, y, _radii(y, k)), _share_inside(y, x, _radii(x, k)))
+    if min(len(x), len(y)) <= NEIGHBOURS:
+        raise ValueError(f"k < number of images must hold, but got k={NEIGHBOURS} with {len(x)} and {len(y)} images")
+    return PrecisionRecall(_share_inside(x, y, _radii(y)), _share_inside(y, x, _radii(x)))
 
 
 def _matrix(values: ArrayLike, name: str) -> Array:
@@ -242,14 +244,14 @@ def _squared_distances(x: Array, y: Array) -> Array:
     return np.maximum(distances, 0.0, out=distances)
 
 
-def _radii(x: Array, k: int) -> Array:
-    """Squared distance of every row to its k-th nearest other row, (N,)."""
+def _radii(x: Array) -> Array:
+    """Squared distance of every row to its NEIGHBOURS-th nearest other row, (N,)."""
     radii = np.empty(len(x))
     for start in range(0, len(x), CHUNK_ROWS):
         distances = _squared_distances(x[start : start + CHUNK_ROWS], x)
         own = np.arange(len(distances))
         distances[own, start + own] = np.inf
-        radii[start : start + CHUNK_ROWS] = np.partition(distances, k - 1, axis=1)[:, k - 1]
+        radii[start : start + CHUNK_ROWS] = np.partition(distances, NEIGHBOURS - 1, axis=1)[:, NEIGHBOURS - 1]
     return radii
 
 

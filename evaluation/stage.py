@@ -38,7 +38,6 @@ LOST = (
     ray.exceptions.RayActorError,
     ray.exceptions.OutOfMemoryError,
 )  # the latter is killed by Ray, and no actor error
-NEIGHBOURS = 3  # of precision and recall, as Kynkäänniemi 2019
 
 
 @dataclass(frozen=True)
@@ -238,9 +237,9 @@ def ranking(
         }
 
     def with_neighbours(judged: Extraction, n: int) -> dict[str, Any]:
-        if min(n, len(train)) <= NEIGHBOURS:
+        if min(n, len(train)) <= scores.NEIGHBOURS:
             return at(judged, n) | {"precision": None, "recall": None}
-        return at(judged, n) | scores.precision_recall(judged.features[:n], train, NEIGHBOURS)._asdict()
+        return at(judged, n) | scores.precision_recall(judged.features[:n], train)._asdict()
 
     def real_row(judged: Extraction) -> dict[str, Any]:
         return with_neighbours(judged, real_n) | {"kid": scores.kid(judged.features[:real_n], train).value}
