@@ -13,7 +13,7 @@ from rich.console import Console
 
 from cluster.capacity import Placement
 from evaluation.rung import RungScorer
-from evaluation.stage import Candidate
+from evaluation.shards import Candidate
 from search import budget, tuner
 from search.config import SearchConfig
 from search.interrupt import Interrupt

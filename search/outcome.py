@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from evaluation import card, events, export, pictures, report, stage
+from evaluation import card, events, export, pictures, report
 from evaluation.config import SamplerConfig
 from evaluation.sampling import sample_images
+from evaluation.shards import Candidate, kept_images
 from search import budget, confirm, watch
 from search.config import SearchConfig, UserError
 from search.prepare import preflight
@@ -100,7 +101,7 @@ def _ranked_images(
     if ranked is None or ranked.get("weights", "ema") != weights:
         return None
     try:
-        return stage.kept_images(run, stage.Candidate(trial, path), ranked)[:SAMPLES]
+        return kept_images(run, Candidate(trial, path), ranked)[:SAMPLES]
     except FileNotFoundError:
         return None
 
@@ -123,9 +124,9 @@ def write_report(
     if ranked:
         for row in ranked["trials"]:
             if row["rank"] is not None:
-                candidate = stage.Candidate(row.get("best_seed") or row["trial"], row.get("checkpoint") or "")
+                candidate = Candidate(row.get("best_seed") or row["trial"], row.get("checkpoint") or "")
                 try:
-                    samples[row["trial"]] = stage.kept_images(run, candidate, ranked)
+                    samples[row["trial"]] = kept_images(run, candidate, ranked)
                 except FileNotFoundError as error:  # perhaps deleted, to save space
                     lost[row["trial"]] = str(error).replace(f"{run.root}/", "")
     logged = {}

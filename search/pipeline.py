@@ -11,10 +11,11 @@ from rich.console import Console
 
 from cluster import capacity, connect, nodes
 from cluster.capacity import Placement
-from evaluation import reference, stage
+from evaluation import ranking_file, reference, stage
 from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
 from evaluation.rung import RungScorer
+from evaluation.shards import Candidate
 from search import budget, confirm, disk, lease, plan, tuner, watch
 from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt, resume_command
@@ -203,7 +204,7 @@ def evaluate(
                 notes.update(stage.draw(run, drawn, config.final, judge, slots, cluster.use_gpu, progress, memory))
             except TooLittleMemoryError as error:
                 raise UserError(str(error)) from error
-        return stage.ranking(run, candidates, config.final, judge, notes)
+        return ranking_file.ranking(run, candidates, config.final, judge, notes)
 
     result = ranking()
     best = [row["trial"] for row in result["trials"] if row["rank"]][: config.final.confirm.top]
@@ -258,7 +259,7 @@ def evaluate_again(
     _check_ranked(run)
 
 
-def _candidates(config: SearchConfig, records: Records, metric: str) -> list[stage.Candidate]:
+def _candidates(config: SearchConfig, records: Records, metric: str) -> list[Candidate]:
     """The best trials that were trained in full; stopped ones only where there are none."""
     trained = [row for row in watch.in_order(records, metric) if row.checkpoint and row.rungs and row.state != "failed"]
 
@@ -266,4 +267,4 @@ def _candidates(config: SearchConfig, records: Records, metric: str) -> list[sta
         return row.state == "completed"
 
     chosen = [row for row in trained if fully(row)] or trained
-    return [stage.Candidate(row.trial, str(row.checkpoint)) for row in chosen[: config.final.top]]
+    return [Candidate(row.trial, str(row.checkpoint)) for row in chosen[: config.final.top]]
