@@ -147,7 +147,8 @@ def score(path: Path, extractor: str, weights: Path | None, split_size: int) -> 
     """The score of images, or of stored probabilities or logits, as `score --json` prints it."""
     import torch
 
-    from evaluation import extractors, files, inception, scores
+    from evaluation import files, inception, scores
+    from evaluation.classifier import Classifier
     from trainer.storage import Storage
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,7 +160,7 @@ def score(path: Path, extractor: str, weights: Path | None, split_size: int) -> 
             if extractor == "inception":
                 judge: Any = inception.Inception(weights, device)
             else:
-                judge = extractors.Classifier.load(Storage(extractor)).to(device)
+                judge = Classifier.load(Storage(extractor)).to(device)
             name, score_name = judge.name, judge.score_name
             probabilities = judge.extract(drawn).probabilities
         result = scores.inception_score(probabilities, split_size)

@@ -12,8 +12,8 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from rich.console import Console
 
-from evaluation import extractors, pictures, ranking_file, sampling
-from evaluation.extractors import Classifier, ClassifierNet
+from evaluation import pictures, ranking_file, sampling
+from evaluation.classifier import Classifier, ClassifierNet, cached_classifier
 from evaluation.shards import Candidate, is_done, kept_images, shards_of
 from evaluation.stage import ShardWorker
 from search import outcome, prepare
@@ -39,7 +39,7 @@ def a_judge_in(cache: Path, config: SearchConfig, seed: int) -> None:
         torch.nn.init.normal_(net.head.weight, std=3.0)
         return Classifier(net, classes=10, channels=1, image_size=8, accuracy=0.1, held_out=60, seed=seed)
 
-    extractors.cached_classifier(cache, data.load(config.train.data).key(), make)
+    cached_classifier(cache, data.load(config.train.data).key(), make)
 
 
 @pytest.fixture

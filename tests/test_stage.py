@@ -18,9 +18,9 @@ import pytest
 import ray
 import torch
 
-from evaluation import extractors, files, ranking_file, reference, scores, stage
+from evaluation import files, ranking_file, reference, scores, stage
+from evaluation.classifier import Classifier, ClassifierNet, cached_classifier
 from evaluation.config import FinalStageConfig, SamplerConfig
-from evaluation.extractors import Classifier, ClassifierNet
 from evaluation.reference import Reference
 from evaluation.scores import FeatureStatistics
 from evaluation.shards import Candidate, extraction_of, is_done, kept_images, results, shards_of
@@ -118,7 +118,7 @@ def test_a_reference_of_other_classifier_weights_has_another_key(tmp_path):
     splits = data.load(DataConfig(subset=120, train_fraction=0.5))
     keys = []
     for name, seed in (("a", 0), ("b", 1), ("a", 2)):  # what is cached already is not made again
-        extractors.cached_classifier(tmp_path / name, splits.key(), lambda seed=seed: classifier(seed))
+        cached_classifier(tmp_path / name, splits.key(), lambda seed=seed: classifier(seed))
         found = reference.prepare(splits, CONFIG, tmp_path / name, "cpu", lambda what: None)
         assert found is not None
         keys.append(found.key)
