@@ -6,6 +6,8 @@ from pydantic import Field, field_validator
 
 from trainer.config import Config, Seed, Weights, absolute
 
+Metric = Literal["frechet", "score", "grid_loss"]  # what is measured at a rung, and may decide there
+
 
 class SamplerConfig(Config):
     """One sampler for all trials of a ranking."""

@@ -55,7 +55,7 @@ def render(
     if ranking is not None:
         ranking = ranking | {"trials": [as_read(entry, config) for entry in ranking["trials"]]}
     ranked = {entry["trial"]: entry for entry in (ranking or {}).get("trials", [])}
-    metric = _deciding(config, rows)
+    metric = analysis.deciding_metric(config, rows)
     best = next((trial for trial, entry in ranked.items() if entry["rank"] == 1), _leader(rows, metric))
     named = report_figures.name_curves(rows, ranked)
     epoch = analysis.comparable_epoch(rows, metric)
@@ -88,15 +88,6 @@ def render(
         + "\n".join(f'<h2 id="{anchors[name]}">{name}</h2>\n{html}' for name, html in sections.items())
         + "\n</body></html>\n"
     )
-
-
-def _deciding(config: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """What trials were stopped by; where that was `auto`, what was measured."""
-    metric = str(config["early_stopping"]["metric"])
-    if metric != "auto":
-        return metric
-    measured = [name for name in METRICS if any(rung[name] is not None for row in rows for rung in row["rungs"])]
-    return measured[0] if measured else "frechet"
 
 
 def _leader(rows: Sequence[Row], metric: str) -> str | None:

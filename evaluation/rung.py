@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from evaluation.config import SamplerConfig
+from evaluation.config import Metric, SamplerConfig
 from evaluation.extractors import Extractor
 from evaluation.pictures import image_grid
 from evaluation.sampling import sample_images
@@ -19,9 +19,6 @@ from trainer.config import ScheduleConfig, TrainConfig
 
 LOG_SNR_GRID = np.linspace(-8, 8, 17)
 LOG_SNR_WIDTH = 2.5  # standard deviation of the weight around log-SNR 0, in nats
-
-
-Metric = Literal["frechet", "score", "grid_loss"]
 
 
 def objective(metrics: Mapping[str, Any], metric: str) -> float:

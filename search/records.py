@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from evaluation.config import Metric
 from search.config import SearchConfig, UserError, parse
 from trainer.storage import Storage
 
@@ -22,7 +23,7 @@ FILE = "trials.parquet"
 State = Literal["waiting", "running", "completed", "stopped", "screened", "reused", "failed"]
 OPEN = ("waiting", "running")  # still to be trained: not begun, and begun
 ENDED = ("completed", "stopped", "failed")  # of those that were trained
-RUNG_METRICS = ("frechet", "score", "grid_loss")
+RUNG_METRICS = get_args(Metric)
 SMALL = 200  # rows; a larger table takes longer to write, and is not written at every change
 PART = 100  # rows that are turned into Arrow together
 PAUSE = 20  # times as long as a write took is waited before the next: at most a twentieth of the driver's time

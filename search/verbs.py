@@ -1,4 +1,4 @@
-"""The verbs that need no run and no Ray: train, sample, score, schedule show and compare."""
+"""The verbs that need no run and no Ray: train, sample, score."""
 
 import json
 import re
@@ -12,105 +12,7 @@ from rich.console import Console
 
 from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt
-from search.space_config import KNOWN_POINTS, explain
-from trainer import schedules
-from trainer.config import ScheduleConfig
-
-
-def make_schedule(family: str, start: float, end: float, tau: float, steps: int) -> ScheduleConfig:
-    """Raises UserError where the values break a law."""
-    try:
-        return ScheduleConfig.model_validate({"family": family, "start": start, "end": end, "tau": tau, "steps": steps})
-    except ValidationError as error:
-        raise UserError("; ".join(explain(e) for e in error.errors()[:3])) from None
-
-
-def schedule_numbers(schedule: ScheduleConfig) -> dict[str, Any]:
-    """What `schedule show` prints: beta and alpha_bar (T,), terminal_snr, prior_kl_bits_per_dim, screened."""
-    values = schedule.model_dump()
-    betas = schedule.betas()
-    alpha_bar = schedules.alpha_bar(betas)
-    return {
-        **values,
-        "terminal_snr": schedules.terminal_snr(alpha_bar[-1]),
-        "prior_kl_bits_per_dim": schedules.prior_kl_bits_per_dim(alpha_bar[-1]),
-        "screened": schedules.screen(**values),
-        "beta": betas.tolist(),
-        "alpha_bar": alpha_bar.tolist(),
-    }
-
-
-def show_schedule(schedule: ScheduleConfig, as_json: bool, console: Console) -> None:
-    numbers = schedule_numbers(schedule)
-    if as_json:
-        print(json.dumps(numbers))
-        return
-    from rich.table import Table
-
-    console.print(f"{schedule.label()}, T = {schedule.steps}")
-    console.print(
-        f"terminal SNR {numbers['terminal_snr']:.3g}, "
-        f"prior KL {numbers['prior_kl_bits_per_dim']:.3g} bits per dimension"
-    )
-    console.print(f"screen: {numbers['screened'] or 'passes'}")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("step t", "beta", "alpha_bar", "log SNR"):
-        table.add_column(name, justify="right")
-    log_snr = schedules.log_snr(np.array(numbers["alpha_bar"]))
-    for index in np.unique(np.linspace(0, schedule.steps - 1, 11).round().astype(int)):
-        table.add_row(
-            str(index + 1),
-            f"{numbers['beta'][index]:.4g}",
-            f"{numbers['alpha_bar'][index]:.4g}",
-            f"{log_snr[index]:.2f}",
-        )
-    console.print(table)
-
-
-def _check_picture(out: Path) -> None:
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out must end in .png, which is what is written, but is {out}")
-
-
-def plot_schedule(schedule: ScheduleConfig, out: Path) -> None:
-    from evaluation import pictures
-
-    _check_picture(out)
-    try:
-        pictures.plot_schedules([schedule], out)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error}") from error
-
-
-def compare_schedules(named: list[str], steps: int, out: Path) -> None:
-    """Draws schedules given as FAMILY:START:END[:TAU]; the original study's five where none are."""
-    from sklearn.datasets import load_sample_image
-
-    from evaluation import pictures
-
-    _check_picture(out)
-    if named:
-        chosen = [_parse_schedule(text, steps) for text in named]
-    else:
-        chosen = [make_schedule(p.family, p.start, p.end, p.tau, steps) for p in KNOWN_POINTS]
-    photo = load_sample_image("flower.jpg")[60:380:2, 160:480:2]  # embedded in scikit-learn
-    try:
-        pictures.plot_compare(chosen, photo, out)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error}") from error
-
-
-def _parse_schedule(text: str, steps: int) -> ScheduleConfig:
-    family, *numbers = text.split(":")
-    try:
-        values = [float(number) for number in numbers]
-    except ValueError:
-        values = []
-    if not 2 <= len(values) <= 3:
-        raise UserError(
-            f"a schedule is FAMILY:START:END or FAMILY:START:END:TAU, such as cosine:0:1:1, but got {text!r}"
-        )
-    return make_schedule(family, values[0], values[1], values[2] if len(values) == 3 else 1.0, steps)
+from search.space_config import explain
 
 
 def sample(folder: Path, out: Path, images: int, sampler: str, steps: int, seed: int, console: Console) -> None:
@@ -143,8 +45,8 @@ def sample(folder: Path, out: Path, images: int, sampler: str, steps: int, seed:
     console.print(f"Written: {out}")
 
 
-def score(path: Path, extractor: str, weights: Path | None, split_size: int) -> dict[str, Any]:
-    """The score of images, or of stored probabilities or logits, as `score --json` prints it."""
+def score(path: Path, extractor: str, weights: Path | None, split_size: int, as_json: bool, console: Console) -> None:
+    """Prints the score of images, or of stored probabilities or logits."""
     import torch
 
     from evaluation import files, inception, scores
@@ -166,15 +68,25 @@ def score(path: Path, extractor: str, weights: Path | None, split_size: int) -> 
         result = scores.inception_score(probabilities, split_size)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
-    return {
-        "score_name": score_name,
-        "score": {"mean": result.mean, "std": result.std},
-        "score_pool": scores.inception_score(probabilities, len(probabilities)).mean,
-        "n": result.n_used,
-        "dropped": result.dropped,
-        "split_size": result.split_size,
-        "extractor": name,
-    }
+    pool = scores.inception_score(probabilities, len(probabilities)).mean
+    if as_json:
+        said = {
+            "score_name": score_name,
+            "score": {"mean": result.mean, "std": result.std},
+            "score_pool": pool,
+            "n": result.n_used,
+            "dropped": result.dropped,
+            "split_size": result.split_size,
+            "extractor": name,
+        }
+        print(json.dumps(said, indent=2))
+        return
+    spread = "" if result.std is None else f" ± {result.std:.4f} between splits"
+    left = f", {result.dropped:,} left over" if result.dropped else ""
+    console.print(
+        f"{score_name} {result.mean:.4f}{spread}  (N {result.n_used:,}, split size {result.split_size:,}{left}; "
+        f"all {len(probabilities):,} as one pool {pool:.4f})"
+    )
 
 
 def _stored_probabilities(path: Path) -> np.ndarray | None:
