@@ -24,7 +24,7 @@ from evaluation.reference import Reference
 from evaluation.shards import Candidate, is_done, shards_of
 from evaluation.stage import ShardWorker
 from search.prepare import preflight
-from search.records import open_run
+from search.runs import open_run
 from trainer.data_cache import cache_folder
 from trainer.local import default_device
 from trainer.storage import Storage

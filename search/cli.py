@@ -53,7 +53,7 @@ def run(
     settings = load(config, set_, name)
 
     from search import pipeline, prepare
-    from search.records import storage_at
+    from search.runs import storage_at
 
     place = storage_at(storage).at(settings.name)
     if dry_run:
@@ -74,7 +74,7 @@ def run(
 def resume(path: RunPath, address: Address = "local") -> None:
     """Go on with a run where it was cut: a trial, the search, or the final stage."""
     from search.prepare import preflight
-    from search.records import open_run
+    from search.runs import open_run
 
     settings, place, records = open_run(path)
     console.print(f"Run:            {place.uri} ({len(records)} trials on record)")
@@ -99,7 +99,7 @@ def status(path: RunPath, as_json: Json = False) -> None:
     from evaluation.analysis import deciding_metric
     from evaluation.report_words import base_space
     from search import budget, watch
-    from search.records import confirmations, read_ranking, read_run
+    from search.runs import confirmations, read_ranking, read_run
 
     settings, place, records = read_run(path)
     rows, repeats = list(records), confirmations(place)
@@ -135,7 +135,7 @@ def evaluate(
     """The final stage alone, by default as it is configured: images that were drawn so already are kept."""
     from search import pipeline
     from search.prepare import preflight
-    from search.records import open_run
+    from search.runs import open_run
 
     settings, place, _ = open_run(path)
     draws = settings.final.sampler.model_copy(update=_given(name=sampler, steps=steps))
@@ -153,7 +153,7 @@ def rank(path: RunPath, as_json: Json = False) -> None:
     """The ranking, with confidence intervals and ties."""
     from evaluation.report_words import base_space
     from search import watch
-    from search.records import read_ranking, read_run
+    from search.runs import read_ranking, read_run
 
     settings, place, _ = read_run(path)
     ranking = read_ranking(place)

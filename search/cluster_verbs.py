@@ -58,7 +58,7 @@ def doctor_(
     as_json: Json = False,
 ) -> None:
     """Check every node before money is spent. Exit status 1 where a check fails."""
-    from search.records import storage_at
+    from search.runs import storage_at
 
     settings = load(config, set_) if config else None
     place = storage_at(storage)

@@ -17,7 +17,8 @@ from evaluation.shards import Candidate
 from search import budget, tuner
 from search.config import SearchConfig
 from search.interrupt import Interrupt
-from search.records import CONFIRM, OPEN, Records, Row, confirmations
+from search.records import OPEN, Records, Row
+from search.runs import CONFIRM, confirmations
 from trainer.storage import Storage
 
 NOT_CHOSEN = "not among those that the newest ranking confirms"

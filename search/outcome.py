@@ -18,7 +18,8 @@ from evaluation.shards import Candidate, kept_images
 from search import budget, confirm, watch
 from search.config import SearchConfig, UserError
 from search.prepare import preflight
-from search.records import CONFIG, Records, confirmations, open_run, read_ranking
+from search.records import Records
+from search.runs import CONFIG, confirmations, open_run, read_ranking
 from trainer import checkpoint
 from trainer.config import Weights
 from trainer.data import Splits

@@ -21,7 +21,8 @@ from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt, resume_command
 from search.outcome import REPORT, finish, versions
 from search.prepare import choose_metric, judge_of
-from search.records import CONFIG, RANKING, Records, Row
+from search.records import Records, Row
+from search.runs import CONFIG, RANKING
 from trainer import data
 from trainer.data import Splits
 from trainer.failures import TooLittleMemoryError

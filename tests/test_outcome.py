@@ -18,7 +18,8 @@ from evaluation.shards import Candidate, is_done, kept_images, shards_of
 from evaluation.stage import ShardWorker
 from search import outcome, prepare
 from search.config import SearchConfig, UserError, load
-from search.records import CONFIG, RANKING, Records
+from search.records import Records
+from search.runs import CONFIG, RANKING
 from trainer import checkpoint, data, model
 from trainer.storage import Storage
 
