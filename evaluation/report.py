@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from evaluation import analysis, report_figures, report_tables
+from evaluation import analysis, report_figures, report_images, report_tables
 from evaluation.analysis import Row
 from evaluation.events import Events
 from evaluation.report_words import (
@@ -63,8 +63,8 @@ def render(
     sections = {
         "What was asked": _asked(config, real_samples, metric),
         "Leaderboard": report_tables.leaderboard(ranking),
-        "Images": report_figures.final_grids(rows, ranked, samples, lost, real_samples)
-        + report_figures.rung_grids(config, rows, best, metric, events),
+        "Images": report_images.final_grids(rows, ranked, samples, lost, real_samples)
+        + report_images.rung_grids(config, rows, best, metric, events),
         "Noise schedules": report_figures.schedule_plots(
             config, rows, named, None if real_samples is None else real_samples[0]
         ),
