@@ -98,7 +98,7 @@ def status(path: RunPath, as_json: Json = False) -> None:
     """The trials of a run, while it works and after."""
     from evaluation.analysis import deciding_metric
     from evaluation.report_words import base_space
-    from search import budget, watch
+    from search import budget, tables
     from search.runs import confirmations, read_ranking, read_run
 
     settings, place, records = read_run(path)
@@ -112,14 +112,14 @@ def status(path: RunPath, as_json: Json = False) -> None:
         return
     metric = deciding_metric(settings, [vars(row) for row in rows])
     epochs, space = settings["train"]["epochs"], base_space(settings)
-    console.print(watch.trials_table(rows, metric, epochs, space=space))
+    console.print(tables.trials_table(rows, metric, epochs, space=space))
     if ended := budget.read(place).get("ended"):
         console.print(f"The search ended: {ended}.")
     if repeats:
-        again = watch.trials_table([row for _, row in repeats], metric, epochs, space=space)
+        again = tables.trials_table([row for _, row in repeats], metric, epochs, space=space)
         console.print("\nThe best, trained again from new seeds:", again)
     if ranking := read_ranking(place):
-        console.print("", watch.ranking_table(ranking, space))
+        console.print("", tables.ranking_table(ranking, space))
 
 
 @app.command()
@@ -152,7 +152,7 @@ def evaluate(
 def rank(path: RunPath, as_json: Json = False) -> None:
     """The ranking, with confidence intervals and ties."""
     from evaluation.report_words import base_space
-    from search import watch
+    from search import tables
     from search.runs import read_ranking, read_run
 
     settings, place, _ = read_run(path)
@@ -164,7 +164,7 @@ def rank(path: RunPath, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(ranking, indent=2))
     else:
-        console.print(watch.ranking_table(ranking, base_space(settings)), watch.ranking_notes(ranking), sep="\n")
+        console.print(tables.ranking_table(ranking, base_space(settings)), tables.ranking_notes(ranking), sep="\n")
 
 
 @app.command()

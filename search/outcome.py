@@ -15,7 +15,7 @@ from evaluation import card, events, export, pictures, report
 from evaluation.config import SamplerConfig
 from evaluation.sampling import sample_images
 from evaluation.shards import Candidate, kept_images
-from search import budget, confirm, watch
+from search import budget, confirm, tables, watch
 from search.config import SearchConfig, UserError
 from search.prepare import preflight
 from search.records import Records
@@ -33,8 +33,8 @@ def finish(config: SearchConfig, run: Storage, records: Records, splits: Splits,
     """Report, export and samples of the winner, from what the final stage left."""
     ranked = read_ranking(run)
     if ranked:
-        table = watch.ranking_table(ranked, config.train.schedule.space)
-        console.print(table, watch.ranking_notes(ranked), "", sep="\n")
+        table = tables.ranking_table(ranked, config.train.schedule.space)
+        console.print(table, tables.ranking_notes(ranked), "", sep="\n")
     write_report(config, run, records, splits, ranked)
     console.print(f"Report:   {run.at(REPORT).uri}")
     winner = _winner(ranked) if ranked else None

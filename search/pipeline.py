@@ -16,12 +16,12 @@ from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
 from evaluation.rung import RungScorer
 from evaluation.shards import Candidate
-from search import budget, confirm, disk, lease, plan, tuner, watch
+from search import budget, confirm, disk, lease, plan, tables, tuner, watch
 from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt, resume_command
 from search.outcome import REPORT, finish, versions
 from search.prepare import choose_metric, judge_of
-from search.records import Records, Row
+from search.records import Records
 from search.runs import CONFIG, RANKING
 from trainer import data
 from trainer.data import Splits
@@ -35,10 +35,12 @@ def begin(config: SearchConfig, run: Storage) -> None:
         raise UserError(
             f"{run.uri} holds another run; go on with it ({resume_command(run.uri)}) or give this one another --name"
         )
+    header = "# " + ", ".join(f"{name} {number}" for name, number in versions().items())
+    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     try:
         if run.names():
             raise UserError(f"{run.uri} is not empty and holds no run; give another --name or --storage")
-        run.write(CONFIG, _config_yaml(config).encode())
+        run.write(CONFIG, f"{header}\n{settings}".encode())
     except OSError as error:
         raise UserError(f"--storage {run.uri} cannot be written: {error}; give a folder that can") from error
 
@@ -105,10 +107,7 @@ def _prepare(
     The configuration comes back with a number for trials_per_gpu: auto.
     """
     placement = cluster.place(*config.room)
-    try:
-        judge = judge_of(config, splits, console, run)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    judge = judge_of(config, splits, console, run)
     metric = choose_metric(config, judge, console)
     settings = config.early_stopping
     scorer = reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric)
@@ -149,8 +148,8 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
             ended = tuner.search(config, run, records, scorer, placement, allowed, interrupt, console)
             console.print(f"The search ended: {ended}.")
             space = config.train.schedule.space
-            table = watch.trials_table(records, scorer.metric, config.train.epochs, space=space)
-            console.print(table, *watch.reasons(records), "", sep="\n")
+            table = tables.trials_table(records, scorer.metric, config.train.epochs, space=space)
+            console.print(table, *tables.reasons(records), "", sep="\n")
         else:
             tuner.tidy(run, records)
             tuner.mend_study(config, run, records, scorer.metric)
@@ -224,11 +223,6 @@ def evaluate(
     run.write_json(RANKING, result)
 
 
-def _config_yaml(config: SearchConfig) -> str:
-    header = "# " + ", ".join(f"{name} {number}" for name, number in versions().items())
-    return f"{header}\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}"
-
-
 def evaluate_again(
     config: SearchConfig,
     final: FinalStageConfig,
@@ -262,10 +256,7 @@ def evaluate_again(
 
 def _candidates(config: SearchConfig, records: Records, metric: str) -> list[Candidate]:
     """The best trials that were trained in full; stopped ones only where there are none."""
-    trained = [row for row in watch.in_order(records, metric) if row.checkpoint and row.rungs and row.state != "failed"]
-
-    def fully(row: Row) -> bool:
-        return row.state == "completed"
-
-    chosen = [row for row in trained if fully(row)] or trained
+    ordered = tables.in_order(records, metric)
+    trained = [row for row in ordered if row.checkpoint and row.rungs and row.state != "failed"]
+    chosen = [row for row in trained if row.state == "completed"] or trained
     return [Candidate(row.trial, str(row.checkpoint)) for row in chosen[: config.final.top]]
