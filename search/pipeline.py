@@ -235,23 +235,21 @@ def evaluate_again(
 
     The run's own configuration stays what it was: `resume` ranks by that again.
     """
-    with (
-        disk.full_disk_said(run),
-        lease.held(run),
-        connect.connected(address) as ray,
-        Interrupt().handled() as interrupt,
-    ):
-        cluster = _with_room(config.room, ray, console)
-        if not ray.local:
-            _check_shared(run)
+    with disk.full_disk_said(run), lease.held(run):
         records = Records.load(run)
-        asked = config.model_copy(update={"final": final})
-        asked, judge, scorer, _ = _prepare(asked, splits, cluster, console, run)
-        if judge is None:
-            raise UserError("nothing can judge these images: the data has no labels, so give final.inception_weights")
-        evaluate(asked, run, records, judge, scorer, ray, console, interrupt)
-    finish(config, run, records, splits, console)
-    _check_ranked(run)
+        with connect.connected(address) as ray, Interrupt().handled() as interrupt:
+            cluster = _with_room(config.room, ray, console)
+            if not ray.local:
+                _check_shared(run)
+            asked = config.model_copy(update={"final": final})
+            asked, judge, scorer, _ = _prepare(asked, splits, cluster, console, run)
+            if judge is None:
+                raise UserError(
+                    "nothing can judge these images: the data has no labels, so give final.inception_weights"
+                )
+            evaluate(asked, run, records, judge, scorer, ray, console, interrupt)
+        finish(config, run, records, splits, console)
+        _check_ranked(run)
 
 
 def _candidates(config: SearchConfig, records: Records, metric: str) -> list[Candidate]:
