@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, special, stats
 
-from evaluation.scores import CONFIDENCE, Array
+from evaluation.scores import Array
 
+CONFIDENCE = 0.95  # of every interval
 P_BEST_DRAWS = 100_000
 P_BEST_SEED = 0
 

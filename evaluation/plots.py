@@ -6,7 +6,7 @@ Matplotlib is imported where something is drawn: importing this module costs not
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -60,7 +60,7 @@ class Panel:
     rungs: Sequence[float] = ()
     names: Sequence[str] = ()
     legend: bool = False
-    whole_x: bool = field(default=False, kw_only=True)
+    whole_x: bool = False
 
 
 def style(number: int) -> tuple[str, tuple[float, ...]]:

@@ -54,7 +54,7 @@ def ranking(
         return at(judged, n) | scores.precision_recall(judged.features[:n], train)._asdict()
 
     def real_row(judged: Extraction) -> dict[str, Any]:
-        return with_neighbours(judged, real_n) | {"kid": scores.kid(judged.features[:real_n], train).value}
+        return with_neighbours(judged, real_n) | {"kid": scores.kid_influence(judged.features[:real_n], train)[0]}
 
     def row(trial: RankedTrial) -> dict[str, Any]:
         """A confirmed row's numbers are means over its seeds; `by_seed` has each, the first one too."""

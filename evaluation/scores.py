@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
+from scipy import special
 
 Array = NDArray[np.float64]
 
-CONFIDENCE = 0.95  # of every interval
 NEIGHBOURS = 3  # k of precision and recall
 CHUNK_ROWS = 1024  # rows of a pairwise matrix held at once: memory is CHUNK_ROWS x N, never N x N
 
@@ -30,7 +29,7 @@ class Score(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """An estimate and its two-sided 95% confidence interval."""
+    """An estimate and its two-sided confidence interval."""
 
     value: float
     ci: tuple[float, float]
@@ -156,21 +155,14 @@ def frechet_influence(features: ArrayLike, reference: ArrayLike | FeatureStatist
     return _frechet(stats_a, stats_b, singular), (raw - raw.mean()) / np.sqrt(len(raw) * (len(raw) - 1))
 
 
-def kid(a: ArrayLike, b: ArrayLike) -> Interval:
+def kid_influence(a: ArrayLike, b: ArrayLike) -> tuple[float, Array]:
     """Kernel distance of Binkowski 2018 (arXiv:1801.01401): unbiased MMD^2, kernel (x·y/D + 1)^3, over all pairs.
 
-    a, b: features (N, D) and (M, D). May be slightly negative. The interval takes both sets as random: the variance is
-    that of the first Hoeffding projections with their own noise left in, so it is a little wide where a and b have one
-    distribution (where the projections vanish), and never empty.
+    a, b: features (N, D) and (M, D). Returns (distance, which may be slightly negative, the influence of every image on
+    it (N + M,), first those of a). The sum of squares is the variance with both sets taken as random, the sum of
+    products with another set's that shares b their covariance. It is that of the first Hoeffding projections with their
+    own noise left in: a little large where a and b have one distribution (where the projections vanish), never 0.
     """
-    value, influence = kid_influence(a, b)
-    half = float(stats.norm.ppf(0.5 + CONFIDENCE / 2) * np.sqrt(np.square(influence).sum()))
-    return Interval(value, (value - half, value + half))
-
-
-def kid_influence(a: ArrayLike, b: ArrayLike) -> tuple[float, Array]:
-    """`kid`'s value, and the influence of every image on it: (N + M,), first those of a; the sum of squares is the
-    variance, the sum of products with another set's that shares b their covariance."""
     x, y = _matrix(a, "features"), _matrix(b, "features")
     _same_width(x[0], y[0])
     if min(len(x), len(y)) < 2:

@@ -121,14 +121,10 @@ class SearchConfig(Config):
         return self
 
     @property
-    def per_gpu(self) -> int:
-        """Trials that share a GPU; one where that is to be measured yet."""
-        return 1 if self.trials_per_gpu == "auto" else self.trials_per_gpu
-
-    @property
     def room(self) -> tuple[int, int, int | None]:
-        """What a trial asks of a cluster, as `Capacity.place` takes it."""
-        return self.train.workers, self.per_gpu, self.train.min_workers
+        """What a trial asks of a cluster, as `Capacity.place` takes it; a GPU where the share is to be measured."""
+        per_gpu = 1 if self.trials_per_gpu == "auto" else self.trials_per_gpu
+        return self.train.workers, per_gpu, self.train.min_workers
 
     @property
     def confirmations(self) -> int:

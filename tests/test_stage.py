@@ -17,6 +17,7 @@ import psutil
 import pytest
 import ray
 import torch
+from scipy import stats
 
 from evaluation import files, ranking_file, reference, scores, stage
 from evaluation.classifier import Classifier, ClassifierNet, cached_classifier
@@ -280,9 +281,10 @@ def test_a_ranking_says_what_its_numbers_are_and_agrees_with_the_scores(run, jud
         assert row["frechet"]["value"] == pytest.approx(scores.frechet_distance(judged.features, judge.train))
         held_out = scores.frechet_distance(judged.features, judge.held_out.features)
         assert row["frechet_held_out"]["value"] == pytest.approx(held_out)
-        kid = scores.kid(judged.features, judge.train_features)
-        assert row["kid"]["value"] == pytest.approx(kid.value)
-        assert row["kid"]["ci"] == pytest.approx(kid.ci)
+        kid, influence = scores.kid_influence(judged.features, judge.train_features)
+        half = stats.norm.ppf(0.975) * np.linalg.norm(influence)
+        assert row["kid"]["value"] == pytest.approx(kid)
+        assert row["kid"]["ci"] == pytest.approx((kid - half, kid + half))
         shares = scores.precision_recall(judged.features, judge.train_features)
         assert (row["precision"], row["recall"]) == shares
         assert row["score_pool"] == pytest.approx(scores.inception_score(judged.probabilities, 50).mean)
