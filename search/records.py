@@ -26,30 +26,15 @@ PART = 100  # rows that are turned into Arrow together
 PAUSE = 20  # times as long as a write took is waited before the next: at most a twentieth of the driver's time
 MOST_PAUSE_SECONDS = 10.0  # where a storage was away for a while, a write may have taken minutes
 
-SCHEMA = pa.schema(
-    [
-        pa.field("trial", pa.string(), nullable=False),
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("family", pa.string(), nullable=False),
-        pa.field("start", pa.float64(), nullable=False),
-        pa.field("end", pa.float64(), nullable=False),
-        pa.field("tau", pa.float64(), nullable=False),
-        pa.field("learning_rate", pa.float64(), nullable=False),
-        pa.field("dropout", pa.float64(), nullable=False),
-        pa.field("settings", pa.string(), nullable=False),
-        pa.field("seed", pa.int64(), nullable=False),
-        pa.field("state", pa.string(), nullable=False),
-        pa.field("reason", pa.string()),
-        pa.field("same_as", pa.string()),
-        pa.field("epoch", pa.int64(), nullable=False),
-        pa.field(
-            "rungs",
-            pa.list_(pa.struct([("epoch", pa.int64()), *((name, pa.float64()) for name in RUNG_METRICS)])),
-        ),
-        pa.field("worker_seconds", pa.float64(), nullable=False),
-        pa.field("checkpoint", pa.string()),
-    ]
-)
+TEXT, NUMBER, COUNT = pa.string(), pa.float64(), pa.int64()
+RUNG = pa.struct([("epoch", COUNT), *((name, NUMBER) for name in RUNG_METRICS)])
+COLUMNS = {
+    "trial": TEXT, "source": TEXT, "family": TEXT, "start": NUMBER, "end": NUMBER, "tau": NUMBER,
+    "learning_rate": NUMBER, "dropout": NUMBER, "settings": TEXT, "seed": COUNT, "state": TEXT, "reason": TEXT,
+    "same_as": TEXT, "epoch": COUNT, "rungs": pa.list_(RUNG), "worker_seconds": NUMBER, "checkpoint": TEXT,
+}  # fmt: skip
+MAY_BE_NULL = ("reason", "same_as", "rungs", "checkpoint")
+SCHEMA = pa.schema([pa.field(name, kind, nullable=name in MAY_BE_NULL) for name, kind in COLUMNS.items()])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The verbs that need no run and no Ray: train, sample, score."""
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,10 +104,9 @@ def _stored_probabilities(path: Path) -> np.ndarray | None:
 def train(config: SearchConfig, out: Path, console: Console) -> None:
     """One training of `config.train`, in this process; goes on from the newest checkpoint in `out`."""
     from evaluation import reference
-    from search.prepare import choose_metric, preflight
+    from search.prepare import choose_metric, judge_of, preflight
     from search.watch import progress_bar
     from trainer import checkpoint, local, loop
-    from trainer.data_cache import cache_folder
     from trainer.storage import Storage
 
     folder = Storage(out)
@@ -117,17 +115,13 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error}; give a folder that can") from error
     found = checkpoint.latest(folder)
-    own = re.compile(r"checkpoint_\d{9}|events\.out\.tfevents\..*")  # of one that was cut before its first checkpoint
-    if found is None and not all(own.fullmatch(name) for name in folder.names()):
+    others = set(folder.names()) - set(checkpoint.names(folder))  # beside broken ones: it was cut before its first
+    if found is None and not all(name.startswith("events.out.tfevents.") for name in others):
         raise UserError(f"--out {out} is not empty and holds no training; give a new folder")
     if found is not None and found[1].config.learned() != config.train.learned():
         raise UserError(f"--out {out} holds a training of another configuration; give another --out")
     splits = preflight(config, console)
-    device = local.default_device()
-    try:
-        judge = reference.prepare(splits, config.final, cache_folder(), str(device), console.print)
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
+    judge = judge_of(config, splits, console, None)
     settings, metric = config.early_stopping, choose_metric(config, judge, console)
     done = f", from epoch {found[1].meta['epoch']}" if found else ""
     console.print(f"Training {config.train.schedule.label()} for {config.train.epochs} epochs{done}")
@@ -145,7 +139,7 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
                 splits.train,
                 folder,
                 folder,
-                device,
+                local.default_device(),
                 report,
                 score=reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric),
                 rungs=config.rung_epochs(),

@@ -77,8 +77,13 @@ def _digest(described: dict[str, Any], content: bytes) -> str:
     return hashlib.sha256(canonical + content).hexdigest()
 
 
+def name_of(step: int) -> str:
+    """A checkpoint's folder: one that is trained again after a crash overwrites its own."""
+    return f"checkpoint_{step:09d}"
+
+
 def names(storage: Storage) -> list[str]:
-    """The folders checkpoint_<step>, oldest first (Ray Train keeps a checkpoint_manager_snapshot.json beside them)."""
+    """The folders of `name_of`, oldest first (Ray Train keeps a checkpoint_manager_snapshot.json beside them)."""
     return [name for name in storage.names() if re.fullmatch(r"checkpoint_\d{9}", name)]
 
 
