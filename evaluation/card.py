@@ -7,17 +7,13 @@ from evaluation.export import PROVENANCE, TORCH_EXPORT
 from evaluation.report_words import chance
 from trainer.checkpoint import Checkpoint
 from trainer.config import DataConfig, ModelConfig, Weights
+from trainer.published import PUBLISHED
 
 # What those who publish the data say of its use.
 LICENCES = {
     "digits": "CC BY 4.0 (UCI, Optical Recognition of Handwritten Digits: Alpaydin and Kaynak 1998, "
     "doi:10.24432/C50P49)",
-    "mnist": "CC BY-SA 3.0, as commonly stated",
-    "cifar10": "none stated by its authors",
-    "fgvc-aircraft": "non-commercial research only; the photographers keep their copyright",
-    "flowers102": "not stated here: see its authors' page, robots.ox.ac.uk/~vgg/data/flowers/102",
-    "celeba": "non-commercial research only, by its agreement: mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
-}
+} | {name: known.licence for name, known in PUBLISHED.items()}
 
 
 def model_card(
