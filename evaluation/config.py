@@ -1,5 +1,6 @@
 """How images are drawn and scored: settings shared by the rungs and the final stage."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field, field_validator
@@ -7,6 +8,12 @@ from pydantic import Field, field_validator
 from trainer.config import Config, Seed, Weights, absolute
 
 Metric = Literal["frechet", "score", "grid_loss"]  # what is measured at a rung, and may decide there
+
+
+def rung_epochs(fractions: Iterable[float], epochs: int) -> list[int]:
+    """The epochs of rungs, from 1, strictly below the last."""
+    at = {max(1, round(fraction * epochs)) for fraction in fractions}
+    return sorted(epoch for epoch in at if epoch < epochs)
 
 
 class SamplerConfig(Config):

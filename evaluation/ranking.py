@@ -117,8 +117,6 @@ def rank(
     distributions and features that are not finite make one trial fail, not the ranking.
     """
     _check(trials, split_size)
-    if not isinstance(reference, FeatureStatistics):
-        reference = FeatureStatistics.of(reference)
     frechet: Distance = partial(frechet_influence, reference=reference)
     scored, reasons = _score_all(trials, {"frechet": frechet} | dict(distances or {}), split_size)
     rows = [trial.trial for trial in trials if trial.repeats is None]

@@ -11,6 +11,7 @@ import yaml
 
 from evaluation import analysis, report_figures, report_images, report_tables
 from evaluation.analysis import Row
+from evaluation.config import rung_epochs
 from evaluation.events import Events
 from evaluation.report_words import (
     METRICS,
@@ -24,6 +25,7 @@ from evaluation.report_words import (
     label,
     number,
     sampler_words,
+    searched_words,
     what_intervals_say,
     whole_splits,
 )
@@ -163,17 +165,12 @@ def _verdict(ranking: Mapping[str, Any]) -> str:
 def _asked(config: Mapping[str, Any], real_samples: np.ndarray | None, metric: str) -> str:
     train, stopping, final, space = (config[name] for name in ("train", "early_stopping", "final", "space"))
 
-    def range_of(value: Any) -> str:
-        if not isinstance(value, dict):
-            return number(value)
-        return f"{number(value['low'])} to {number(value['high'])}{' (log)' if value['log'] else ''}"
-
     families = []
     for family, own in space["families"].items():
         names = [name for name in ("start", "end", "tau") if family != "linear" or name != "tau"]
-        families.append(f"{family} ({', '.join(f'{name} {range_of(own[name])}' for name in names)})")
+        families.append(f"{family} ({', '.join(f'{name} {searched_words(own[name])}' for name in names)})")
     common = [name for name in ("learning_rate", "dropout") if space.get(name) is not None]
-    rest = [f"{name.replace('_', ' ')} {range_of(space[name])}" for name in common]
+    rest = [f"{name.replace('_', ' ')} {searched_words(space[name])}" for name in common]
     rest += [
         f"{name.replace('_', ' ')} of {', '.join(map(str, choices))}"
         for name, choices in (space.get("train") or {}).items()
@@ -182,8 +179,7 @@ def _asked(config: Mapping[str, Any], real_samples: np.ndarray | None, metric: s
     if real_samples is not None:
         _, height, width, channels = real_samples.shape
         data += [f"{width} × {height} pixels", "grey" if channels == 1 else "colour"]
-    epochs = {max(1, round(rung * train["epochs"])) for rung in stopping["rungs"]}
-    rungs = [str(epoch) for epoch in sorted(epochs) if epoch < train["epochs"]]
+    rungs = [str(epoch) for epoch in rung_epochs(stopping["rungs"], train["epochs"])]
     rule = {"asha": "successive halving", "median": "the median rule"}.get(stopping["scheduler"])
     stopped = f"{rule} on the {METRICS[metric]} of {stopping['images']:,} images after epoch {joined(rungs)}"
     budget = [count(config["trials"], "trial")]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from evaluation.config import FinalStageConfig, Metric, SamplerConfig
+from evaluation.config import FinalStageConfig, Metric, SamplerConfig, rung_epochs
 from search.space_config import KNOWN_POINTS, VARIED, KnownPoint, SpaceConfig, explain
 from trainer.config import Config, Seed, TrainConfig, said
 
@@ -153,9 +153,7 @@ class SearchConfig(Config):
                 yield f"space.train.{name}: ", self.training({name: value})
 
     def rung_epochs(self) -> list[int]:
-        """Epochs, from 1, strictly below the last."""
-        epochs = {max(1, round(rung * self.train.epochs)) for rung in self.early_stopping.rungs}
-        return sorted(epoch for epoch in epochs if epoch < self.train.epochs)
+        return rung_epochs(self.early_stopping.rungs, self.train.epochs)
 
 
 class UserError(ValueError):

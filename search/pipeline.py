@@ -63,8 +63,8 @@ def dry_run(
     config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console
 ) -> dict[str, Any]:
     """What a run would do and cost, measured in a few steps where a trial would run. Writes nothing into `run`."""
-    with connect.connected(address) as ray:
-        cluster = _with_room(config.room, ray, console)
+    with connect.connected(address) as connection:
+        cluster = _with_room(config.room, connection, console)
         config, judge, scorer, placement = _prepare(config, splits, cluster, console, None)
         with console.status("timing a few steps"):
             measured = plan.measure_on_cluster(config, scorer, cluster.use_gpu)
@@ -85,17 +85,19 @@ def dry_run(
     }
 
 
-def _with_room(room: tuple[int, int, int | None], ray: connect.Connection, console: Console) -> capacity.Capacity:
+def _with_room(
+    room: tuple[int, int, int | None], connection: connect.Connection, console: Console
+) -> capacity.Capacity:
     """The cluster, whose nodes may have come since the last look, or may still be starting.
 
     Raises UserError where not one trial fits, and ConnectError where a node has other versions.
     """
     try:
-        cluster = capacity.with_room(room, console.print, 0 if ray.local else capacity.NODES_SECONDS)
+        cluster = capacity.with_room(room, console.print, 0 if connection.local else capacity.NODES_SECONDS)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if not ray.local:
-        ray.check_versions()
+    if not connection.local:
+        connection.check_versions()
     return cluster
 
 
@@ -130,12 +132,12 @@ def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, 
 def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
     records = Records.load(run)
     allowed = budget.Budget(config.budget, run, records)
-    with connect.connected(address) as ray, Interrupt().handled() as interrupt:
-        if ray.dashboard:
-            console.print(f"Ray dashboard:  http://{ray.dashboard}")
+    with connect.connected(address) as connection, Interrupt().handled() as interrupt:
+        if connection.dashboard:
+            console.print(f"Ray dashboard:  http://{connection.dashboard}")
         console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.at('tensorboard').uri)}")
-        cluster = _with_room(config.room, ray, console)
-        if not ray.local:
+        cluster = _with_room(config.room, connection, console)
+        if not connection.local:
             _check_shared(run)
         config, judge, scorer, placement = _prepare(config, splits, cluster, console, run)
         left = tuner.trials_left(config, records)
@@ -156,7 +158,7 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         if judge is None:
             console.print("No final stage: the data has no labels, and final.inception_weights is not given.")
         else:
-            evaluate(config, run, records, judge, scorer, ray, console, interrupt)
+            evaluate(config, run, records, judge, scorer, connection, console, interrupt)
     finish(config, run, records, splits, console)
     if judge is not None:
         _check_ranked(run)
@@ -185,7 +187,7 @@ def evaluate(
     records: Records,
     judge: Reference,
     scorer: RungScorer,
-    ray: connect.Connection,
+    connection: connect.Connection,
     console: Console,
     interrupt: Interrupt,
 ) -> None:
@@ -197,7 +199,7 @@ def evaluate(
     def ranking() -> dict[str, Any]:
         drawn = [candidate for candidate in candidates if candidate.trial not in notes]
         what = f"Drawing {config.final.images:,} images of each of {len(drawn)} trials"
-        cluster = _with_room((1, 1, None), ray, console)  # nodes may have come and gone since the search began
+        cluster = _with_room((1, 1, None), connection, console)  # nodes may have come and gone since the search began
         with watch.progress_bar(console, what) as progress:
             slots, memory = sum(cluster.slots()), cluster.worker().get("memory", 0)
             try:
@@ -209,7 +211,7 @@ def evaluate(
     result = ranking()
     best = [row["trial"] for row in result["trials"] if row["rank"]][: config.final.confirm.top]
     if best:
-        placement = _with_room(config.room, ray, console).place(*config.room)
+        placement = _with_room(config.room, connection, console).place(*config.room)
         chosen = [records[trial] for trial in best]
         repeats, failed = confirm.train_again(config, run, records, chosen, scorer, placement, console, interrupt)
         candidates += repeats
@@ -237,9 +239,9 @@ def evaluate_again(
     """
     with disk.full_disk_said(run), lease.held(run):
         records = Records.load(run)
-        with connect.connected(address) as ray, Interrupt().handled() as interrupt:
-            cluster = _with_room(config.room, ray, console)
-            if not ray.local:
+        with connect.connected(address) as connection, Interrupt().handled() as interrupt:
+            cluster = _with_room(config.room, connection, console)
+            if not connection.local:
                 _check_shared(run)
             asked = config.model_copy(update={"final": final})
             asked, judge, scorer, _ = _prepare(asked, splits, cluster, console, run)
@@ -247,7 +249,7 @@ def evaluate_again(
                 raise UserError(
                     "nothing can judge these images: the data has no labels, so give final.inception_weights"
                 )
-            evaluate(asked, run, records, judge, scorer, ray, console, interrupt)
+            evaluate(asked, run, records, judge, scorer, connection, console, interrupt)
         finish(config, run, records, splits, console)
         _check_ranked(run)
 

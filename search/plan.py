@@ -13,7 +13,7 @@ import ray
 import torch
 from rich.console import Console
 
-from evaluation.report_words import label
+from evaluation.report_words import label, searched_words
 from evaluation.rung import RungScorer
 from evaluation.sampling import sample_images
 from search import space
@@ -197,11 +197,13 @@ def show(plan: dict[str, Any], console: Console) -> None:
     console.print(f"Plan of {plan['run']}: nothing is written there, nothing is trained.\n")
     console.print("Space")
     for family, named in plan["space"].items():
-        own = ", ".join(f"{n.partition('.')[2]} {_shown(v)}" for n, v in named.items() if n.startswith(f"{family}."))
+        own = ", ".join(
+            f"{n.partition('.')[2]} {searched_words(v)}" for n, v in named.items() if n.startswith(f"{family}.")
+        )
         console.print(f"  {family:<16}{own}")
     shared = {n: v for n, v in next(iter(plan["space"].values())).items() if "." not in n} | plan["choices"]
     for name, value in shared.items():
-        console.print(f"  {name:<16}{_shown(value)}")
+        console.print(f"  {name:<16}{searched_words(value)}")
     console.print("Known points, tried first")
     for point in plan["known_points"]:
         said = next((f"{key}: {point[key]}" for key in ("screened", "reused") if point.get(key)), "passes the screen")
@@ -223,9 +225,3 @@ def show(plan: dict[str, Any], console: Console) -> None:
     )
     if plan["warning"]:
         console.print(plan["warning"])
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{value['low']:g} to {value['high']:g}" + (" (log)" if value["log"] else "")
-    return f"{value:g}" if isinstance(value, float) else str(value)
