@@ -72,13 +72,6 @@ class Row:
         return {name: getattr(self, name) for name in names}
 
 
-class Live:
-    """What belongs to this process: Tune pickles all that it is given, for a restore that a run never does."""
-
-    def __reduce__(self) -> tuple[type["Live"], tuple[()]]:
-        return Live, ()
-
-
 class Records:
     """The rows of a run. A new row is on disk before the call returns, and so is every change of a small table.
 

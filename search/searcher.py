@@ -15,7 +15,8 @@ from evaluation.analysis import NOT_RESUMED
 from search import samplers, space
 from search.budget import Budget
 from search.config import SearchConfig, UserError
-from search.records import OPEN, Live, Records, Row
+from search.driver_only import DriverOnly
+from search.records import OPEN, Records, Row
 from search.reuse import reused
 from search.study import ShortMemory
 
@@ -23,7 +24,7 @@ MAX_UNTRAINED_IN_A_ROW = 200  # screened and reused ones: then there is nothing 
 UNTRAINED = ("screened", "reused")
 
 
-class HonestOptunaSearch(Live, OptunaSearch):
+class HonestOptunaSearch(DriverOnly, OptunaSearch):
     """Optuna over the conditional space, its trials those of the trials table.
 
     Interrupted trials of a resumed run come first, then known points that were not tried, then suggestions.
