@@ -104,11 +104,9 @@ def status(path: RunPath, as_json: Json = False) -> None:
     settings, place, records = read_run(path)
     rows, repeats = list(records), confirmations(place)
     if as_json:
-        from dataclasses import asdict
-
         parents = [None] * len(rows) + [parent for parent, _ in repeats]
         found = zip(parents, [*rows, *(row for _, row in repeats)], strict=True)
-        print(json.dumps([asdict(row) | {"repeats": parent} for parent, row in found], indent=2))
+        print(json.dumps([vars(row) | {"repeats": parent} for parent, row in found], indent=2))
         return
     metric = deciding_metric(settings, [vars(row) for row in rows])
     epochs, space = settings["train"]["epochs"], base_space(settings)

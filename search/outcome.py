@@ -1,6 +1,5 @@
 """What a run leaves: its ranking shown, the report, the export and samples of its winner; and each of them again."""
 
-import dataclasses
 import importlib.metadata
 import platform
 import tempfile
@@ -74,7 +73,7 @@ def export_trial(
     trainings = ((entry, {seed["trial"] for seed in entry.get("by_seed") or ()}) for entry in entries)
     entry = next((entry for entry, seeds in trainings if trial == entry["trial"] or trial in seeds), None)
     weights = weights or (ranked or {}).get("weights", config.final.weights)
-    text = card.model_card(config.name, dataclasses.asdict(row), found, ranked, entry, weights, torch_export)
+    text = card.model_card(config.name, vars(row), found, ranked, entry, weights, torch_export)
     provenance = {"run": config.name, "trial": trial, "checkpoint": row.checkpoint, "weights": weights}
     provenance["checkpoint_meta"] = card.published(found.meta)
     with tempfile.TemporaryDirectory() as scratch:
@@ -141,7 +140,7 @@ def write_report(
     page = report.render(
         run_name=config.name,
         config=config.model_dump(mode="json"),
-        rows=[dataclasses.asdict(row) for row in records],
+        rows=[vars(row) for row in records],
         confirming_seconds=sum(row.worker_seconds for _, row in confirmations(run)),
         ranking=ranked,
         samples=samples,

@@ -21,7 +21,7 @@ from search.config import SearchConfig
 from search.disk import disk_bytes, expected_checkpoint_bytes, size
 from search.records import Records
 from search.searcher import HonestOptunaSearch
-from search.space_config import Range, Searched
+from search.space_config import Range
 from trainer import checkpoint, data, local, loop
 from trainer.storage import Storage
 
@@ -177,17 +177,16 @@ def describe(config: SearchConfig, metric: str) -> dict[str, Any]:
         for point in config.known_points:
             records.add(judge.new_row(space.known_params(config, point), known=True))
         known = [row.params() | {"screened" if row.state == "screened" else "reused": row.reason} for row in records]
-    families = {family: space.parameters(config, family) for family in config.space.families}
+    families = {
+        family: {n: v.model_dump() if isinstance(v, Range) else v for n, v in space.parameters(config, family).items()}
+        for family in config.space.families
+    }
     return {
         "read_as": config.train.schedule.space,
-        "space": {family: {n: _range(v) for n, v in named.items()} for family, named in families.items()},
+        "space": families,
         "choices": {name: list(values) for name, values in config.space.train.items()},
         "known_points": known,
     }
-
-
-def _range(searched: Searched) -> Any:
-    return searched.model_dump() if isinstance(searched, Range) else searched
 
 
 def show(plan: dict[str, Any], console: Console) -> None:

@@ -1,6 +1,5 @@
 """Which trial is a configuration already but for rounding, so that one training speaks for both."""
 
-import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -36,4 +35,4 @@ def reused(config: SearchConfig, row: Row, records: Iterable[Row]) -> dict[str, 
 
 
 def _alpha_bar(config: SearchConfig, row: Row) -> np.ndarray:
-    return schedules.alpha_bar(space.train_config(config, dataclasses.asdict(row)).schedule.betas())
+    return schedules.alpha_bar(space.train_config(config, vars(row)).schedule.betas())

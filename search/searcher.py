@@ -83,7 +83,7 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
             return str(Searcher.FINISHED)
         if self._unfinished:
             row = self._unfinished.pop(0)
-            self._ask(trial_id, space.params_of(dataclasses.asdict(row)))
+            self._ask(trial_id, space.params_of(vars(row)))
             return self._start(trial_id, row)
         while not self.over():
             if self._known:
@@ -155,7 +155,7 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         self._keys[trial_id] = row.trial
         if row.state == "waiting":
             row = self.records.update(row.trial, state="running")
-        training = space.train_config(self.config, dataclasses.asdict(row))
+        training = space.train_config(self.config, vars(row))
         return {"trial": row.trial, "train": training.model_dump(mode="json")}
 
     def new_row(self, params: space.Params, known: bool) -> Row:
@@ -236,7 +236,7 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
 
     def _remember(self, row: Row) -> None:
         """Puts a finished row of an earlier run into the study, where the space holds it."""
-        params = space.params_of(dataclasses.asdict(row))
+        params = space.params_of(vars(row))
         if not space.contains(self.config, params):
             return
         searched = space.distributions(self.config, row.family)
