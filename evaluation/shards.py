@@ -98,7 +98,7 @@ def is_done(run: Storage, shard: Shard, config: FinalStageConfig) -> bool:
 
 def extraction_of(run: Storage, candidate: Candidate, config: FinalStageConfig, reference: Reference) -> Extraction:
     drawn = (results(run, shard) for shard in shards_of(run, candidate, config, reference))
-    return Extraction.joined(Extraction(results["probabilities"], results["features"]) for results in drawn)
+    return Extraction.joined(Extraction(held["probabilities"], held["features"]) for held in drawn)
 
 
 def kept_images(run: Storage, candidate: Candidate, ranked: Mapping[str, Any]) -> np.ndarray:
