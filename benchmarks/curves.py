@@ -250,7 +250,7 @@ class _Watch:
         yield {"score_seconds": time.process_time() - began}
         if epoch == EPOCHS and _finite(scores.get("frechet")) is not None:
             sampler = SamplerConfig(steps=20, eta=1.0, block_size=200, seed=1)
-            betas = schedules.betas(**config.schedule.model_dump())
+            betas = config.schedule.betas()
             images = sample_images(denoiser, betas, (1, 8, 8), sampler, 0, FRESH_IMAGES, device)
             assert self.scorer.extractor is not None
             assert self.scorer.reference is not None
@@ -264,7 +264,7 @@ def held_out_loss(denoiser: nn.Module, config: TrainConfig, x_0: torch.Tensor) -
     The same times and noise at every call, which is kinder than the tutorials' fresh ones.
     """
     generator = torch.Generator().manual_seed(0)
-    diffusion = Diffusion(schedules.betas(**config.schedule.model_dump()))
+    diffusion = Diffusion(config.schedule.betas())
     t = torch.randint(diffusion.steps, (len(x_0),), generator=generator)
     noise = torch.randn(x_0.shape, generator=generator)
     return float(epsilon_mse(denoiser(diffusion.q_sample(x_0, t, noise), t).sample, noise).mean())

@@ -25,7 +25,8 @@ from evaluation import reference, stage
 from evaluation.config import FinalStageConfig
 from evaluation.extractors import Extractor
 from evaluation.reference import Reference
-from evaluation.stage import Candidate, Shard, ShardWorker
+from evaluation.shards import Candidate, Shard, shards_of
+from evaluation.stage import ShardWorker
 from search import config
 from trainer import checkpoint, data, model
 from trainer.data_cache import cache_folder
@@ -52,7 +53,7 @@ def by_pool(run: Storage, final: FinalStageConfig, judge: Reference) -> None:
 
 
 def by_ray_data(run: Storage, final: FinalStageConfig, judge: Reference) -> None:
-    shards = stage._shards(run, CANDIDATE, final, judge)
+    shards = shards_of(run, CANDIDATE, final, judge)
     rows = [{"first": shard.first, "count": shard.count, "path": shard.path} for shard in shards]
     done = (
         ray.data.from_items(rows, override_num_blocks=len(rows))
@@ -73,7 +74,7 @@ WAYS: dict[str, Callable[[Storage, FinalStageConfig, Reference], None]] = {"pool
 
 def scored(run: Storage, final: FinalStageConfig, judge: Reference) -> list[np.ndarray]:
     """Every shard's features."""
-    paths = [shard.path for shard in stage._shards(run, CANDIDATE, final, judge)]
+    paths = [shard.path for shard in shards_of(run, CANDIDATE, final, judge)]
     return [np.load(io.BytesIO(run.read(path)))["features"] for path in paths]
 
 

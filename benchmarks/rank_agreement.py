@@ -18,12 +18,13 @@ from rich.table import Table
 from scipy.stats import kendalltau
 
 from benchmarks.common import provenance, write
-from evaluation import reference, stage
+from evaluation import ranking_file, reference
 from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
-from evaluation.stage import Candidate, ShardWorker
+from evaluation.shards import Candidate, is_done, shards_of
+from evaluation.stage import ShardWorker
 from search.prepare import preflight
-from search.records import open_run
+from search.runs import open_run
 from trainer.data_cache import cache_folder
 from trainer.local import default_device
 from trainer.storage import Storage
@@ -37,11 +38,11 @@ def values(
 ) -> dict[str, np.ndarray]:
     """The score and the Fréchet distance of every candidate, (trials,) each, drawn in this process."""
     worker = ShardWorker(run, final, str(default_device()))
-    shards = [shard for candidate in candidates for shard in stage._shards(run, candidate, final, judge)]
-    for shard in track([shard for shard in shards if not stage._is_done(run, shard, final)], description=what):
+    shards = [shard for candidate in candidates for shard in shards_of(run, candidate, final, judge)]
+    for shard in track([shard for shard in shards if not is_done(run, shard, final)], description=what):
         if reason := worker.work(shard, judge.extractor):
             raise SystemExit(f"{shard.candidate.trial} cannot be ranked: {reason}")
-    rows = {row["trial"]: row for row in stage.ranking(run, candidates, final, judge, {})["trials"]}
+    rows = {row["trial"]: row for row in ranking_file.ranking(run, candidates, final, judge, {})["trials"]}
     ordered = [rows[candidate.trial] for candidate in candidates]
     return {
         "score": np.array([row["score"]["mean"] for row in ordered]),

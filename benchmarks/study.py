@@ -21,7 +21,8 @@ from evaluation.events import Events, read
 from evaluation.plots import Curve, Panel
 from evaluation.sampling import sample_images
 from search import confirm, space
-from search.records import Row, open_run
+from search.records import Row
+from search.runs import open_run
 from trainer import checkpoint
 from trainer.storage import Storage
 

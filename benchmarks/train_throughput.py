@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from benchmarks.common import provenance, write
-from trainer import data, datasets, model, step
+from trainer import data, model, parquet, step
 from trainer.config import DataConfig, ModelConfig, SpeedConfig, TrainConfig
 from trainer.failures import Worker
 from trainer.loop import CHECK_STEPS
@@ -47,7 +47,7 @@ class EncodedImages(Dataset):
     """Encoded bytes, decoded and transformed an image at a time: what a tutorial's Dataset does."""
 
     def __init__(self, path: str, count: int):
-        file = datasets.parquet(Path(path), DataConfig()).files[0]
+        file = parquet.find(Path(path), DataConfig()).files[0]
         self.rows = next(pq.ParquetFile(file).iter_batches(count, columns=["img"]))["img"].to_pylist()
         self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)])
 

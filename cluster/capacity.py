@@ -17,7 +17,7 @@ class NoRoomError(ValueError):
 
 
 @dataclass(frozen=True)
-class Node:
+class Resources:
     """What one node has for workers. memory: in bytes, as Ray lends it; 0 where it was told of none."""
 
     cpus: float
@@ -37,7 +37,7 @@ class Placement:
 class Capacity:
     """What a cluster can hold. Slots count workers: a GPU (or a share of one) and a CPU each, or a CPU alone."""
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[Resources, ...]
 
     @property
     def use_gpu(self) -> bool:
@@ -111,7 +111,7 @@ def read() -> Capacity:
     """The capacity of the cluster that this process is connected to, as it is now."""
     nodes: list[dict[str, Any]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Capacity(
-        tuple(Node(float(r.get("CPU", 0)), float(r.get("GPU", 0)), float(r.get("memory", 0))) for r in nodes)
+        tuple(Resources(float(r.get("CPU", 0)), float(r.get("GPU", 0)), float(r.get("memory", 0))) for r in nodes)
     )
 
 

@@ -1,48 +1,24 @@
 """Checks of a cluster before money is spent: each says what it found, and what to do where that is wrong."""
 
 import contextlib
-import json
 import os
-import stat
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import psutil
 import ray
 from ray._private import state as ray_state
 from ray.util.state import list_placement_groups
 
-from cluster import nodes
+from cluster import nodes, probes
 from cluster.nodes import Node
 
 SKEW_WARN_S, SKEW_FAIL_S = 2.0, 30.0  # a lease is given up after 60 s
 SLOW, BUSY = 0.5, 0.9  # of the fastest like node; of a GPU's memory
 
-# In a process of its own, which sees every GPU whatever Ray hides, and leaves no memory behind on one.
-MEASURE = """
-import json, time, torch
-gpus = range(torch.cuda.device_count())
-def rate(device, size, repeats):
-    a = torch.randn(size, size, device=device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
-    for count in (2, repeats):
-        if device != "cpu": torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        for _ in range(count): b = a @ a
-        if device != "cpu": torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - start
-    return 2e-12 * size**3 * repeats / seconds
-def memory(i): return [n / 2**30 for n in torch.cuda.mem_get_info(i)]
-def gpu(i): return {"name": torch.cuda.get_device_name(i), "memory": memory(i), "rate": rate(f"cuda:{i}", 8192, 20)}
-found = [gpu(i) for i in gpus]
-devices = found or [{"name": "CPU", "rate": rate("cpu", 512, 5)}]
-print(json.dumps({"cuda": torch.version.cuda, "devices": devices}))
-"""
+Verdict = Literal["pass", "warn", "fail"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +27,7 @@ class Finding:
 
     check: str
     node: str
-    verdict: Literal["pass", "warn", "fail"]
+    verdict: Verdict
     found: str
     remedy: str = ""
 
@@ -67,20 +43,17 @@ class Files(Protocol):
     def delete(self, path: str) -> None: ...
 
 
-def examine(storage: Files, probes: dict[str, tuple[Callable[[], str], str]]) -> Iterator[Finding]:
-    """Every check, as it is done. probes: name → (what is done on each node and says what it found, the remedy)."""
+def examine(storage: Files, more: dict[str, tuple[Callable[[], str], str]]) -> Iterator[Finding]:
+    """Every check, as it is done. more: name → (what is done on each node and says what it found, the remedy)."""
     living = nodes.living()
     yield from check_versions(living)
-    found = [
-        node
-        for node, pid in zip(living, nodes.on_each(living, os.getpid), strict=True)
-        if not isinstance(pid, Exception)
-    ]
+    answers = nodes.on_each(living, os.getpid)
+    found = [node for node, answer in zip(living, answers, strict=True) if not isinstance(answer, Exception)]
     yield from check_devices(found)
     yield from check_storage(storage, found)
     yield from check_clocks(found)
     yield from check_security(found)
-    for name, (probe, remedy) in probes.items():
+    for name, (probe, remedy) in more.items():
         for node, said in zip(found, nodes.on_each(found, probe, timeout_s=600), strict=True):
             broken = isinstance(said, Exception)
             yield Finding(name, node.name, "fail" if broken else "pass", str(said), remedy if broken else "")
@@ -92,9 +65,8 @@ def check_versions(found: Sequence[Node]) -> Iterator[Finding]:
     here = nodes.versions()
     for node, there in zip(found, nodes.on_each(found, nodes.versions), strict=True):
         if isinstance(there, Exception):
-            yield Finding(
-                "versions", node.name, "fail", f"runs nothing of ours: {there}", "see the node's runtime_env_setup log"
-            )
+            say = f"runs nothing of ours: {there}"
+            yield Finding("versions", node.name, "fail", say, "see the node's runtime_env_setup log")
             continue
         different = nodes.differences(here, there)
         text = ", ".join(f"{name} {number}" for name, number in there.items())
@@ -102,24 +74,9 @@ def check_versions(found: Sequence[Node]) -> Iterator[Finding]:
         yield Finding("versions", node.name, "fail" if different else "pass", different or text, remedy)
 
 
-def _measure() -> dict[str, Any]:
-    environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1])
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        driver = ""
-    return {**json.loads(done.stdout), "driver": driver}
-
-
 def check_devices(found: Sequence[Node]) -> Iterator[Finding]:
     """CUDA, driver, memory and a timed matmul of every GPU; the CPU's matmul where there is none."""
-    measured = list(zip(found, nodes.on_each(found, _measure, timeout_s=400), strict=True))
+    measured = list(zip(found, nodes.on_each(found, probes.devices, timeout_s=400), strict=True))
     best: dict[str, float] = {}
     for _, seen in measured:
         for device in [] if isinstance(seen, Exception) else seen["devices"]:
@@ -204,35 +161,14 @@ def check_clocks(found: Sequence[Node]) -> Iterator[Finding]:
 def judge_clock(name: str, skew: float, uncertainty: float) -> Finding:
     """skew: seconds that a node is ahead; the way there and back makes it uncertain."""
     off = max(0.0, abs(skew) - uncertainty)
-    verdict: Literal["pass", "warn", "fail"] = "fail" if off > SKEW_FAIL_S else "warn" if off > SKEW_WARN_S else "pass"
+    verdict: Verdict = "fail" if off > SKEW_FAIL_S else "warn" if off > SKEW_WARN_S else "pass"
     remedy = "" if verdict == "pass" else "let chrony or systemd-timesyncd set the clock"
     return Finding("clock", name, verdict, f"{skew:+.2f} s ± {uncertainty:.2f} s from this machine's", remedy)
 
 
-def _security() -> dict[str, Any]:
-    """On a node: is the token asked for, who may read it, and which addresses do Ray's processes listen on."""
-    listening: dict[str, set[str]] = {}
-    for process in psutil.process_iter(["name", "cmdline"]):
-        command = " ".join(process.info["cmdline"] or [])
-        if "ray::" in command or "/ray/" in command:
-            try:
-                for connection in process.net_connections("tcp"):
-                    if connection.status == psutil.CONN_LISTEN:
-                        ip = connection.laddr.ip.removeprefix("::ffff:")
-                        listening.setdefault(ip, set()).add(process.info["name"].strip().removeprefix("ray::"))
-            except psutil.Error:  # ended meanwhile, or another user's
-                continue
-    token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
-    return {
-        "token": os.environ.get("RAY_AUTH_MODE") == "token",
-        "mode": stat.S_IMODE(token.stat().st_mode) if token.is_file() else None,
-        "listening": {ip: sorted(names) for ip, names in listening.items()},
-    }
-
-
 def check_security(found: Sequence[Node]) -> Iterator[Finding]:
     """Token authentication, and what listens beyond the node itself."""
-    for node, seen in zip(found, nodes.on_each(found, _security), strict=True):
+    for node, seen in zip(found, nodes.on_each(found, probes.security), strict=True):
         if isinstance(seen, Exception):
             yield Finding("security", node.name, "fail", str(seen), "run the doctor again")
             continue

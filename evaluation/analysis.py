@@ -4,9 +4,11 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+
+from evaluation.config import Metric
 
 Row = dict[str, Any]  # one row of trials.parquet
 Span = tuple[float, float]  # Unix seconds, from and to
@@ -19,6 +21,20 @@ MIN_TRIALS = 16  # measured at one epoch, for importance
 MAX_TRIALS = 100  # a forest over more takes minutes; these are then drawn at random
 SHUFFLES = 19  # a real effect exceeds all of them, chance does so once in 20 times
 TREES = 16
+
+
+def deciding_metric(config: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """What trials are stopped by; where that is `auto`, the first that was measured. config: as in config.yaml."""
+    metric = str(config["early_stopping"]["metric"])
+    if metric != "auto":
+        return metric
+    return (measured(rows) or ["frechet"])[0]
+
+
+def measured(rows: Sequence[Row]) -> list[str]:
+    """The metrics that any trial has at any rung."""
+    rungs = [rung for row in rows for rung in row["rungs"]]
+    return [name for name in get_args(Metric) if any(rung[name] is not None for rung in rungs)]
 
 
 def savings(rows: Iterable[Row], epochs: int) -> tuple[float, float]:

@@ -6,18 +6,14 @@ from typing import Any
 from evaluation.export import PROVENANCE, TORCH_EXPORT
 from evaluation.report_words import chance
 from trainer.checkpoint import Checkpoint
-from trainer.config import DataConfig, ModelConfig
+from trainer.config import DataConfig, ModelConfig, Weights
+from trainer.published import PUBLISHED
 
 # What those who publish the data say of its use.
 LICENCES = {
     "digits": "CC BY 4.0 (UCI, Optical Recognition of Handwritten Digits: Alpaydin and Kaynak 1998, "
     "doi:10.24432/C50P49)",
-    "mnist": "CC BY-SA 3.0, as commonly stated",
-    "cifar10": "none stated by its authors",
-    "fgvc-aircraft": "non-commercial research only; the photographers keep their copyright",
-    "flowers102": "not stated here: see its authors' page, robots.ox.ac.uk/~vgg/data/flowers/102",
-    "celeba": "non-commercial research only, by its agreement: mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
-}
+} | {name: known.licence for name, known in PUBLISHED.items()}
 
 
 def model_card(
@@ -26,7 +22,7 @@ def model_card(
     checkpoint: Checkpoint,
     ranking: dict[str, Any] | None,
     entry: dict[str, Any] | None,
-    raw: bool = False,
+    weights: Weights = "ema",
     torch_export: bool = False,
 ) -> str:
     """The text of README.md.
@@ -49,7 +45,7 @@ def model_card(
         f"Trial {row['trial']} of the search {run_name}, written by ddpm-search. "
         + (
             "The weights are as trained, not their moving average."
-            if raw
+            if weights == "raw"
             else "The weights are their moving average (EMA)."
         ),
         "",
@@ -71,7 +67,7 @@ def model_card(
         "",
         "## Quality",
         "",
-        *_quality(ranking, entry, row["trial"], "raw" if raw else "ema"),
+        *_quality(ranking, entry, row["trial"], weights),
         "",
         "## Use",
         "",
@@ -121,7 +117,7 @@ def _data(data: DataConfig) -> str:
     return f"{_without_path(data.name)}{subset}; trained on {data.train_fraction:.0%} of them, the rest held out"
 
 
-def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial: str, weights: str) -> list[str]:
+def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial: str, weights: Weights) -> list[str]:
     """Scores of the entry, and of `trial` alone where the entry is a configuration's."""
     if ranking is not None and ranking.get("weights", weights) != weights:
         return [f"Not scored: the ranking is of the {ranking['weights']} weights, these are the {weights} ones."]

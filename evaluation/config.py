@@ -1,10 +1,19 @@
 """How images are drawn and scored: settings shared by the rungs and the final stage."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field, field_validator
 
-from trainer.config import Config, Seed, absolute
+from trainer.config import Config, Seed, Weights, absolute
+
+Metric = Literal["frechet", "score", "grid_loss"]  # what is measured at a rung, and may decide there
+
+
+def rung_epochs(fractions: Iterable[float], epochs: int) -> list[int]:
+    """The epochs of rungs, from 1, strictly below the last."""
+    at = {max(1, round(fraction * epochs)) for fraction in fractions}
+    return sorted(epoch for epoch in at if epoch < epochs)
 
 
 class SamplerConfig(Config):
@@ -39,7 +48,7 @@ class FinalStageConfig(Config):
         "auto", description="auto: inception where its weights are given or there are no labels, else the classifier"
     )
     inception_weights: str | None = Field(None, description="path of torch-fidelity's weights; None downloads them")
-    weights: Literal["ema", "raw"] = Field("ema", description="raw: as trained, without the moving average")
+    weights: Weights = Field("ema", description="raw: as trained, without the moving average")
     keep_images: bool = Field(False, description="keep every image, in Parquet files beside its features")
     confirm: ConfirmConfig = ConfirmConfig()
 

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from evaluation.config import SamplerConfig
-from trainer import schedules
 from trainer.checkpoint import Checkpoint
+from trainer.config import Weights
+from trainer.step import Denoiser
 
 FORMAT = "ddpm-search export 1"  # what marks a folder as ours, so that it may be replaced and read
 PROVENANCE = "provenance.json"
@@ -25,10 +26,10 @@ def export_pipeline(
     sampler: SamplerConfig,
     card: str,
     provenance: dict[str, Any],
-    raw: bool = False,
+    weights: Weights = "ema",
     torch_export: bool = False,
 ) -> None:
-    """Writes the EMA model (the raw one where asked for) and its schedule, for `DDPMPipeline.from_pretrained`.
+    """Writes a checkpoint's model and its schedule, for `DDPMPipeline.from_pretrained`.
 
     sampler: what the model was ranked by; diffusers' sampler has its variance and spacing.
     card: the text of README.md, see evaluation/card.py. provenance: where the model is from, kept in provenance.json.
@@ -45,7 +46,7 @@ def export_pipeline(
     scheduler = DDPMScheduler(
         num_train_timesteps=schedule.steps,
         # Python floats: JSON keeps every bit of them, and so `load_export` has the float64 table of the training.
-        trained_betas=schedules.betas(**schedule.model_dump()).tolist(),
+        trained_betas=schedule.betas().tolist(),
         variance_type=sampler.variance,
         clip_sample=True,
         prediction_type="epsilon",
@@ -54,7 +55,7 @@ def export_pipeline(
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh, old = (out.with_name(f".{out.name}.{uuid.uuid4().hex}.{kind}") for kind in ("new", "old"))
     try:
-        denoiser = checkpoint.denoiser(raw)
+        denoiser = checkpoint.denoiser(weights)
         DDPMPipeline(denoiser, scheduler).save_pretrained(fresh, safe_serialization=True)
         if torch_export:
             _torch_export(denoiser, checkpoint.meta["image_shape"], fresh / TORCH_EXPORT)
@@ -72,21 +73,11 @@ def export_pipeline(
         shutil.rmtree(old, ignore_errors=True)
 
 
-class _Denoiser(nn.Module):
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        eps: torch.Tensor = self.network(x_t, t, return_dict=False)[0]
-        return eps
-
-
 def _torch_export(network: nn.Module, shape: tuple[int, int, int], path: Path) -> None:
     """(x_t (N, C, H, W), t (N,) int64) → eps, N from 1 to 63: diffusers' upsampling branches at 64."""
     example = torch.zeros((2, *shape)), torch.zeros(2, dtype=torch.int64)
     batch = {0: torch.export.Dim.AUTO}
-    program = torch.export.export(_Denoiser(network).eval(), example, dynamic_shapes={"x_t": batch, "t": batch})
+    program = torch.export.export(Denoiser(network).eval(), example, dynamic_shapes={"x_t": batch, "t": batch})
     torch.export.save(program, path)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.pictures import save_grid_png
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+from trainer.datasets import IMAGE_SUFFIXES
+from trainer.decode import decode
 
 
 def check_out(out: Path) -> None:
@@ -51,7 +51,7 @@ def read_images(path: Path) -> np.ndarray:
         tables = sorted(path.glob("*.parquet"))
         if tables:
             return _stack([content for table in tables for content in _encoded(table)], path)
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if len({file.parent for file in files}) > 1:  # classes as a rule, and a score's splits are contiguous
             files = [files[index] for index in np.random.default_rng(0).permutation(len(files))]
         return _stack([p.read_bytes() for p in files], path)
@@ -121,10 +121,8 @@ def read_array(path: Path, name: str) -> tuple[np.ndarray | None, list[str]]:
 
 def _stack(encoded: list[bytes], path: Path) -> np.ndarray:
     """As training reads them (trainer/ingest.py), grey where all are: what is scored is what a model would learn."""
-    from trainer.decode import decode
-
     if not encoded:
-        raise ValueError(f"no images at {path}; files of {', '.join(sorted(SUFFIXES))} are read")
+        raise ValueError(f"no images at {path}; files of {', '.join(IMAGE_SUFFIXES)} are read")
     images = []
     for index, content in enumerate(encoded):
         try:

@@ -17,6 +17,7 @@ from scipy import optimize, special, stats
 
 from evaluation.scores import Array
 
+CONFIDENCE = 0.95  # of every interval
 P_BEST_DRAWS = 100_000
 P_BEST_SEED = 0
 
@@ -34,19 +35,19 @@ class Joint:
     dof: Array
     pooled_dof: float
 
-    def intervals(self, of_configuration: Sequence[bool], confidence: float = 0.95) -> Array:
+    def intervals(self, of_configuration: Sequence[bool]) -> Array:
         """(R, 2): of the configuration where that is asked for, else of what was drawn from."""
         of_seeds = np.where(of_configuration, self.seeds, 0.0)
-        half = half_width(np.diag(self.sampling) + of_seeds, of_seeds, self.dof, confidence)
+        half = half_width(np.diag(self.sampling) + of_seeds, of_seeds, self.dof)
         return np.stack([self.means - half, self.means + half], axis=1)
 
-    def ties(self, confidence: float = 0.95) -> np.ndarray:
+    def ties(self) -> np.ndarray:
         """(R, R) bool: whose paired difference is within its interval of 0. Nothing is tied with itself."""
         apart = np.abs(self.means[:, None] - self.means)
-        tied: np.ndarray = apart <= self.half_widths_of_differences(confidence)
+        tied: np.ndarray = apart <= self.half_widths_of_differences()
         return tied & ~np.eye(len(apart), dtype=bool)
 
-    def half_widths_of_differences(self, confidence: float = 0.95) -> Array:
+    def half_widths_of_differences(self) -> Array:
         """(R, R): of the intervals of all paired differences."""
         own = np.diag(self.sampling)
         of_seeds = self.seeds[:, None] + self.seeds
@@ -56,7 +57,7 @@ class Joint:
         # Two rows do not know more than all of them, and with one spread for all they know the same.
         dof = np.minimum(dof, self.pooled_dof)
         variance = np.maximum(own[:, None] + own - 2 * self.sampling, 0.0) + of_seeds
-        return half_width(variance, of_seeds, dof, confidence)
+        return half_width(variance, of_seeds, dof)
 
     def p_best(self, draws: int = P_BEST_DRAWS) -> Array:
         """Chance of each to have the highest true score, (R,). Sums to 1; draws that tie are shared out evenly.
@@ -78,12 +79,12 @@ class Joint:
         return np.asarray((best / best.sum(axis=1, keepdims=True)).mean(axis=0))
 
 
-def half_width(variance: ArrayLike, of_seeds: ArrayLike, dof: ArrayLike, confidence: float) -> Array:
+def half_width(variance: ArrayLike, of_seeds: ArrayLike, dof: ArrayLike) -> Array:
     """Of the interval of something with this variance, of which `of_seeds` is estimated with `dof`."""
     variance, of_seeds = np.asarray(variance), np.asarray(of_seeds)
     with np.errstate(divide="ignore", invalid="ignore"):
         dof = np.where(of_seeds > 0, dof * np.square(variance / of_seeds), np.inf)  # Satterthwaite
-    return np.asarray(stats.t.ppf(0.5 + confidence / 2, dof) * np.sqrt(variance))
+    return np.asarray(stats.t.ppf(0.5 + CONFIDENCE / 2, dof) * np.sqrt(variance))
 
 
 def pool(values: Array, covariance: Array, members: Sequence[Sequence[int]]) -> Joint:

@@ -137,7 +137,7 @@ def noised_strip(config: ScheduleConfig, image: np.ndarray) -> tuple[np.ndarray,
 
     Returns t/T (11,) from 0, which is the image itself, to 1, and the images (H, W, C) uint8, cut at black and white.
     """
-    alpha_bar = np.concatenate([[1.0], schedules.alpha_bar(schedules.betas(**config.model_dump()))])
+    alpha_bar = np.concatenate([[1.0], schedules.alpha_bar(config.betas())])
     times = np.linspace(0, 1, STRIP_IMAGES)
     x_0 = image / 127.5 - 1
     eps = np.random.default_rng(0).standard_normal(image.shape)

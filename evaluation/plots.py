@@ -6,7 +6,7 @@ Matplotlib is imported where something is drawn: importing this module costs not
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -60,7 +60,7 @@ class Panel:
     rungs: Sequence[float] = ()
     names: Sequence[str] = ()
     legend: bool = False
-    whole_x: bool = field(default=False, kw_only=True)
+    whole_x: bool = False
 
 
 def style(number: int) -> tuple[str, tuple[float, ...]]:
@@ -72,7 +72,7 @@ def schedule_panels(configs: Iterable[tuple[ScheduleConfig, int | None]]) -> lis
     """alpha_bar, log-SNR and beta over t/T, of schedules that each have a `Curve.style`."""
     curves: tuple[list[Curve], list[Curve], list[Curve]] = ([], [], [])
     for config, number in configs:
-        betas = schedules.betas(**config.model_dump())
+        betas = config.betas()
         alpha_bar = schedules.alpha_bar(betas)
         shown = np.unique(np.linspace(0, config.steps - 1, MAX_POINTS).round().astype(int))
         x = (shown + 1) / config.steps

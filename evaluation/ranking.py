@@ -104,7 +104,6 @@ def rank(
     trials: Sequence[TrialSamples],
     reference: ArrayLike | FeatureStatistics,
     split_size: int,
-    confidence: float = 0.95,
     distances: Mapping[str, Distance] | None = None,
 ) -> list[RankedTrial]:
     """Order configurations by score, the highest first: confirmed ones (at least 2 repeats that have a score), then
@@ -117,9 +116,7 @@ def rank(
     Raises ValueError where names repeat, trials have different numbers of images, or N < 2. Probabilities that are no
     distributions and features that are not finite make one trial fail, not the ranking.
     """
-    _check(trials, split_size, confidence)
-    if not isinstance(reference, FeatureStatistics):
-        reference = FeatureStatistics.of(reference)
+    _check(trials, split_size)
     frechet: Distance = partial(frechet_influence, reference=reference)
     scored, reasons = _score_all(trials, {"frechet": frechet} | dict(distances or {}), split_size)
     rows = [trial.trial for trial in trials if trial.repeats is None]
@@ -145,12 +142,12 @@ def rank(
         joint = pool(values, influences @ influences.T, places)
         of_configuration = [row in confirmed for row in ranked]
         intervals = score_intervals if metric == "score" else Joint.intervals
-        of_rows[metric] = joint, intervals(joint, of_configuration, confidence)
+        of_rows[metric] = joint, intervals(joint, of_configuration)
     joint, of_score = of_rows.pop("score")
     of_score = np.clip(of_score, 1.0, float(next(iter(scored.values())).classes))
-    tied, chances = joint.ties(confidence), joint.p_best()
+    tied, chances = joint.ties(), joint.p_best()
     leads = -np.diff(joint.means)
-    half = np.diag(joint.half_widths_of_differences(confidence), k=1)
+    half = np.diag(joint.half_widths_of_differences(), k=1)
     to_next = [Interval(float(at), (float(at - by), float(at + by))) for at, by in zip(leads, half, strict=True)]
 
     result = []
@@ -188,12 +185,12 @@ class _Scored:
     classes: int
 
 
-def _check(trials: Sequence[TrialSamples], split_size: int, confidence: float) -> None:
+def _check(trials: Sequence[TrialSamples], split_size: int) -> None:
     names = [trial.trial for trial in trials]
     if len(set(names)) != len(names):
         raise ValueError(f"trial names must differ, but got {sorted(names)}")
-    if split_size < 2 or not 0 < confidence < 1:
-        raise ValueError(f"split_size >= 2 and 0 < confidence < 1 must hold, but got {split_size=}, {confidence=}")
+    if split_size < 2:
+        raise ValueError(f"split_size >= 2 must hold, but got {split_size=}")
     counts = {trial.trial: len(np.asarray(trial.probabilities)) for trial in trials if trial.reason is None}
     if len(set(counts.values())) > 1:
         raise ValueError(f"trials must be scored at the same number of images, but got {counts}")
@@ -234,9 +231,9 @@ def _pair(ends: Array) -> tuple[float, float]:
     return float(ends[0]), float(ends[1])
 
 
-def score_intervals(joint: Joint, of_configuration: Sequence[bool], confidence: float = 0.95) -> Array:
+def score_intervals(joint: Joint, of_configuration: Sequence[bool]) -> Array:
     """`Joint.intervals`, of the scores' logarithms: (R, 2)."""
-    relative = joint.intervals(of_configuration, confidence) / joint.means[:, None] - 1
+    relative = joint.intervals(of_configuration) / joint.means[:, None] - 1
     return np.asarray(joint.means[:, None] * np.exp(relative))
 
 

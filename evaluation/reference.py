@@ -6,18 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.config import FinalStageConfig, SamplerConfig
-from evaluation.extractors import (
-    Classifier,
-    Extraction,
-    Extractor,
-    cached_classifier,
-    kept_classifier,
-    train_classifier,
-)
+from evaluation.classifier import Classifier, cached_classifier, kept_classifier
+from evaluation.config import FinalStageConfig, Metric, SamplerConfig
+from evaluation.extractors import Extraction, Extractor
 from evaluation.inception import Inception, inception_path
-from evaluation.rung import Metric, RungScorer
+from evaluation.rung import RungScorer
 from evaluation.scores import FeatureStatistics
+from evaluation.train_classifier import train_classifier
 from trainer.data import Splits
 from trainer.storage import Storage
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from evaluation import analysis, report_figures, report_tables
+from evaluation import analysis, report_figures, report_images, report_tables
 from evaluation.analysis import Row
+from evaluation.config import rung_epochs
 from evaluation.events import Events
 from evaluation.report_words import (
     METRICS,
@@ -24,6 +25,7 @@ from evaluation.report_words import (
     label,
     number,
     sampler_words,
+    searched_words,
     what_intervals_say,
     whole_splits,
 )
@@ -55,7 +57,7 @@ def render(
     if ranking is not None:
         ranking = ranking | {"trials": [as_read(entry, config) for entry in ranking["trials"]]}
     ranked = {entry["trial"]: entry for entry in (ranking or {}).get("trials", [])}
-    metric = _deciding(config, rows)
+    metric = analysis.deciding_metric(config, rows)
     best = next((trial for trial, entry in ranked.items() if entry["rank"] == 1), _leader(rows, metric))
     named = report_figures.name_curves(rows, ranked)
     epoch = analysis.comparable_epoch(rows, metric)
@@ -63,8 +65,8 @@ def render(
     sections = {
         "What was asked": _asked(config, real_samples, metric),
         "Leaderboard": report_tables.leaderboard(ranking),
-        "Images": report_figures.final_grids(rows, ranked, samples, lost, real_samples)
-        + report_figures.rung_grids(config, rows, best, metric, events),
+        "Images": report_images.final_grids(rows, ranked, samples, lost, real_samples)
+        + report_images.rung_grids(config, rows, best, metric, events),
         "Noise schedules": report_figures.schedule_plots(
             config, rows, named, None if real_samples is None else real_samples[0]
         ),
@@ -88,15 +90,6 @@ def render(
         + "\n".join(f'<h2 id="{anchors[name]}">{name}</h2>\n{html}' for name, html in sections.items())
         + "\n</body></html>\n"
     )
-
-
-def _deciding(config: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """What trials were stopped by; where that was `auto`, what was measured."""
-    metric = str(config["early_stopping"]["metric"])
-    if metric != "auto":
-        return metric
-    measured = [name for name in METRICS if any(rung[name] is not None for row in rows for rung in row["rungs"])]
-    return measured[0] if measured else "frechet"
 
 
 def _leader(rows: Sequence[Row], metric: str) -> str | None:
@@ -172,17 +165,12 @@ def _verdict(ranking: Mapping[str, Any]) -> str:
 def _asked(config: Mapping[str, Any], real_samples: np.ndarray | None, metric: str) -> str:
     train, stopping, final, space = (config[name] for name in ("train", "early_stopping", "final", "space"))
 
-    def range_of(value: Any) -> str:
-        if not isinstance(value, dict):
-            return number(value)
-        return f"{number(value['low'])} to {number(value['high'])}{' (log)' if value['log'] else ''}"
-
     families = []
     for family, own in space["families"].items():
         names = [name for name in ("start", "end", "tau") if family != "linear" or name != "tau"]
-        families.append(f"{family} ({', '.join(f'{name} {range_of(own[name])}' for name in names)})")
+        families.append(f"{family} ({', '.join(f'{name} {searched_words(own[name])}' for name in names)})")
     common = [name for name in ("learning_rate", "dropout") if space.get(name) is not None]
-    rest = [f"{name.replace('_', ' ')} {range_of(space[name])}" for name in common]
+    rest = [f"{name.replace('_', ' ')} {searched_words(space[name])}" for name in common]
     rest += [
         f"{name.replace('_', ' ')} of {', '.join(map(str, choices))}"
         for name, choices in (space.get("train") or {}).items()
@@ -191,8 +179,7 @@ def _asked(config: Mapping[str, Any], real_samples: np.ndarray | None, metric: s
     if real_samples is not None:
         _, height, width, channels = real_samples.shape
         data += [f"{width} × {height} pixels", "grey" if channels == 1 else "colour"]
-    epochs = {max(1, round(rung * train["epochs"])) for rung in stopping["rungs"]}
-    rungs = [str(epoch) for epoch in sorted(epochs) if epoch < train["epochs"]]
+    rungs = [str(epoch) for epoch in rung_epochs(stopping["rungs"], train["epochs"])]
     rule = {"asha": "successive halving", "median": "the median rule"}.get(stopping["scheduler"])
     stopped = f"{rule} on the {METRICS[metric]} of {stopping['images']:,} images after epoch {joined(rungs)}"
     budget = [count(config["trials"], "trial")]

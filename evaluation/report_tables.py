@@ -141,7 +141,7 @@ def _judged(ranking: Mapping[str, Any]) -> str:
 def all_trials(rows: Sequence[Row], ranked: Mapping[str, Row]) -> str:
     if not rows:
         return "<p>No trial has begun yet.</p>"
-    metrics = [name for name in METRICS if any(rung[name] is not None for row in rows for rung in row["rungs"])]
+    metrics = analysis.measured(rows)
     headings = ["Epoch", *(capitalised(METRICS[name]) for name in metrics), "Worker-seconds", "Rank"]
     columns = [("", ""), ("Tried", ""), ("State", "w"), *((heading, "n") for heading in headings)]
     body = []

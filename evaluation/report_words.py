@@ -64,6 +64,13 @@ def sampler_words(sampler: Mapping[str, Any]) -> str:
     return ", ".join([*parts, f"seed {sampler.get('seed')}"])
 
 
+def searched_words(value: Any) -> str:
+    """0.5 to 3 (log): a range, a list of choices, or what a parameter is fixed to."""
+    if isinstance(value, dict):
+        return f"{value['low']:g} to {value['high']:g}" + (" (log)" if value["log"] else "")
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def number(value: float | None, digits: int = 4) -> str:
     return NOT_KNOWN if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
 

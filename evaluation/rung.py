@@ -3,13 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from evaluation.config import SamplerConfig
+from evaluation.config import Metric, SamplerConfig
 from evaluation.extractors import Extractor
 from evaluation.pictures import image_grid
 from evaluation.sampling import sample_images
@@ -19,9 +19,6 @@ from trainer.config import ScheduleConfig, TrainConfig
 
 LOG_SNR_GRID = np.linspace(-8, 8, 17)
 LOG_SNR_WIDTH = 2.5  # standard deviation of the weight around log-SNR 0, in nats
-
-
-Metric = Literal["frechet", "score", "grid_loss"]
 
 
 def objective(metrics: Mapping[str, Any], metric: str) -> float:
@@ -72,7 +69,7 @@ class RungScorer:
     def _judge(self, denoiser: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, Any]:
         metrics: dict[str, Any] = {}
         count = self.images if self.extractor else min(self.images, 64)
-        betas = schedules.betas(**config.schedule.model_dump())
+        betas = config.schedule.betas()
         shape = (self.probe.shape[3], *self.probe.shape[1:3])
         try:
             drawn = sample_images(denoiser, betas, shape, self.sampler, 0, count, device)
@@ -93,7 +90,7 @@ def grid_loss(denoiser: nn.Module, schedule: ScheduleConfig, probe: np.ndarray, 
     17 points lambda from -8 to 8, weight exp(-(lambda / 2.5)^2 / 2), fixed images and noise. The model is asked at the
     time, between its own steps, at which its schedule has that log-SNR (at its first or last step where it has none).
     """
-    log_snr = schedules.log_snr(schedules.alpha_bar(schedules.betas(**schedule.model_dump())))
+    log_snr = schedules.log_snr(schedules.alpha_bar(schedule.betas()))
     times = np.interp(-LOG_SNR_GRID, -log_snr, np.arange(len(log_snr)))  # log-SNR falls with time
     weights = np.exp(-((LOG_SNR_GRID / LOG_SNR_WIDTH) ** 2) / 2)
     x_0 = data.to_model_range(torch.from_numpy(probe)).to(device)

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
+from scipy import special
 
 Array = NDArray[np.float64]
 
+NEIGHBOURS = 3  # k of precision and recall
 CHUNK_ROWS = 1024  # rows of a pairwise matrix held at once: memory is CHUNK_ROWS x N, never N x N
 
 
@@ -154,21 +155,14 @@ def frechet_influence(features: ArrayLike, reference: ArrayLike | FeatureStatist
     return _frechet(stats_a, stats_b, singular), (raw - raw.mean()) / np.sqrt(len(raw) * (len(raw) - 1))
 
 
-def kid(a: ArrayLike, b: ArrayLike, confidence: float = 0.95) -> Interval:
+def kid_influence(a: ArrayLike, b: ArrayLike) -> tuple[float, Array]:
     """Kernel distance of Binkowski 2018 (arXiv:1801.01401): unbiased MMD^2, kernel (x·y/D + 1)^3, over all pairs.
 
-    a, b: features (N, D) and (M, D). May be slightly negative. The interval takes both sets as random: the variance is
-    that of the first Hoeffding projections with their own noise left in, so it is a little wide where a and b have one
-    distribution (where the projections vanish), and never empty.
+    a, b: features (N, D) and (M, D). Returns (distance, which may be slightly negative, the influence of every image on
+    it (N + M,), first those of a). The sum of squares is the variance with both sets taken as random, the sum of
+    products with another set's that shares b their covariance. It is that of the first Hoeffding projections with their
+    own noise left in: a little large where a and b have one distribution (where the projections vanish), never 0.
     """
-    value, influence = kid_influence(a, b)
-    half = float(stats.norm.ppf(0.5 + confidence / 2) * np.sqrt(np.square(influence).sum()))
-    return Interval(value, (value - half, value + half))
-
-
-def kid_influence(a: ArrayLike, b: ArrayLike) -> tuple[float, Array]:
-    """`kid`'s value, and the influence of every image on it: (N + M,), first those of a; the sum of squares is the
-    variance, the sum of products with another set's that shares b their covariance."""
     x, y = _matrix(a, "features"), _matrix(b, "features")
     _same_width(x[0], y[0])
     if min(len(x), len(y)) < 2:
@@ -180,17 +174,17 @@ def kid_influence(a: ArrayLike, b: ArrayLike) -> tuple[float, Array]:
     return value, np.concatenate(parts)
 
 
-def precision_recall(generated: ArrayLike, real: ArrayLike, k: int = 3) -> PrecisionRecall:
+def precision_recall(generated: ArrayLike, real: ArrayLike) -> PrecisionRecall:
     """Improved precision and recall, Kynkäänniemi 2019 (arXiv:1904.06991).
 
     generated (N, D), real (M, D). A set's manifold is the union of balls around its images that reach to their k-th
-    nearest neighbour in the same set. Raises ValueError where a set has no k neighbours.
+    nearest neighbour in the same set, k = 3 as in the paper. Raises ValueError where a set has no k neighbours.
     """
     x, y = _matrix(generated, "features"), _matrix(real, "features")
     _same_width(x[0], y[0])
-    if k < 1 or min(len(x), len(y)) <= k:
-        raise ValueError(f"1 <= k < number of images must hold, but got {k=} with {len(x)} and {len(y)} images")
-    return PrecisionRecall(_share_inside(x, y, _radii(y, k)), _share_inside(y, x, _radii(x, k)))
+    if min(len(x), len(y)) <= NEIGHBOURS:
+        raise ValueError(f"k < number of images must hold, but got k={NEIGHBOURS} with {len(x)} and {len(y)} images")
+    return PrecisionRecall(_share_inside(x, y, _radii(y)), _share_inside(y, x, _radii(x)))
 
 
 def _matrix(values: ArrayLike, name: str) -> Array:
@@ -242,14 +236,14 @@ def _squared_distances(x: Array, y: Array) -> Array:
     return np.maximum(distances, 0.0, out=distances)
 
 
-def _radii(x: Array, k: int) -> Array:
-    """Squared distance of every row to its k-th nearest other row, (N,)."""
+def _radii(x: Array) -> Array:
+    """Squared distance of every row to its NEIGHBOURS-th nearest other row, (N,)."""
     radii = np.empty(len(x))
     for start in range(0, len(x), CHUNK_ROWS):
         distances = _squared_distances(x[start : start + CHUNK_ROWS], x)
         own = np.arange(len(distances))
         distances[own, start + own] = np.inf
-        radii[start : start + CHUNK_ROWS] = np.partition(distances, k - 1, axis=1)[:, k - 1]
+        radii[start : start + CHUNK_ROWS] = np.partition(distances, NEIGHBOURS - 1, axis=1)[:, NEIGHBOURS - 1]
     return radii
 
 

@@ -7,14 +7,15 @@ from typing import Any
 
 from evaluation.analysis import SHARE_SPENT
 from search.config import BudgetConfig
-from search.records import Live, Records
+from search.driver_only import DriverOnly
+from search.records import Records
 from trainer.storage import Storage
 
 FILE = "search.json"  # {seconds: spent by the clock until the search ended, ended: why, or null}
 NOTED_EVERY_SECONDS = 10.0
 
 
-class Budget(Live):
+class Budget(DriverOnly):
     """Counts from where it is made: a search's clock goes on where the last driver's stopped."""
 
     def __init__(self, config: BudgetConfig, run: Storage, records: Records):

@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from search import cluster_verbs
+from search import cluster_verbs, schedule_verbs
+from search.config import UserError, load
+from search.options import Address, Json, Set, console, home
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,33 +21,19 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Finds the noise schedule, learning rate and dropout with which a DDPM draws the best images.",
 )
-schedule_app = typer.Typer(no_args_is_help=True, help="A noise schedule as numbers or as a picture.")
-app.add_typer(schedule_app, name="schedule")
+app.add_typer(schedule_verbs.app, name="schedule")
 app.add_typer(cluster_verbs.app, name="cluster")
 
-# A piped table is for a file or a pager: wide, not cut to the 80 columns that rich assumes.
-console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
-
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped name such as digits.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, a.b=value; a.b+=value appends to a list.")]
-Address = Annotated[str, typer.Option(help="local starts a Ray here; auto or HOST:PORT joins one that runs.")]
 RunPath = Annotated[str, typer.Argument(metavar="PATH", help="The folder of a run, such as runs/digits.")]
 Weights = Enum("Weights", {"ema": "ema", "raw": "raw"})
 Sampler = Enum("Sampler", {"ddpm": "ddpm", "ddim": "ddim", "dpm++": "dpm++"})
-
-
-def _home(path: Path | None) -> Path | None:
-    """~ in an option such as --out=~/x is left to us by shells."""
-    return path.expanduser() if path else path
 
 
 def _given(**options: Any) -> dict[str, Any]:
     """Those that were given, a choice as its text."""
     given = {name: value for name, value in options.items() if value is not None}
     return {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -59,18 +47,13 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Search, draw and score images of the best trials, rank, report, export."""
-    from search import config as configuration
-
     if as_json and not dry_run:
-        raise configuration.UserError("--json prints the plan of --dry-run; a run's results: ddpm-search rank --json")
+        raise UserError("--json prints the plan of --dry-run; a run's results: ddpm-search rank --json")
 
-    tree = configuration.read(config, set_ or [])
-    if name is not None:
-        tree["name"] = name
-    settings = configuration.parse(tree, config)
+    settings = load(config, set_, name)
 
     from search import pipeline, prepare
-    from search.records import storage_at
+    from search.runs import storage_at
 
     place = storage_at(storage).at(settings.name)
     if dry_run:
@@ -91,7 +74,7 @@ def run(
 def resume(path: RunPath, address: Address = "local") -> None:
     """Go on with a run where it was cut: a trial, the search, or the final stage."""
     from search.prepare import preflight
-    from search.records import open_run
+    from search.runs import open_run
 
     settings, place, records = open_run(path)
     console.print(f"Run:            {place.uri} ({len(records)} trials on record)")
@@ -113,32 +96,28 @@ def _go(settings: Any, place: Any, splits: Any, address: str) -> None:
 @app.command()
 def status(path: RunPath, as_json: Json = False) -> None:
     """The trials of a run, while it works and after."""
+    from evaluation.analysis import deciding_metric
     from evaluation.report_words import base_space
-    from search import budget, watch
-    from search.records import confirmations, read_ranking, read_run
+    from search import budget, tables
+    from search.runs import confirmations, read_ranking, read_run
 
     settings, place, records = read_run(path)
     rows, repeats = list(records), confirmations(place)
     if as_json:
-        from dataclasses import asdict
-
         parents = [None] * len(rows) + [parent for parent, _ in repeats]
         found = zip(parents, [*rows, *(row for _, row in repeats)], strict=True)
-        print(json.dumps([asdict(row) | {"repeats": parent} for parent, row in found], indent=2))
+        print(json.dumps([vars(row) | {"repeats": parent} for parent, row in found], indent=2))
         return
-    metric = settings["early_stopping"]["metric"]
-    if metric == "auto":
-        judged = any(rung["frechet"] is not None for row in rows for rung in row.rungs)
-        metric = "frechet" if judged or not any(row.rungs for row in rows) else "grid_loss"
+    metric = deciding_metric(settings, [vars(row) for row in rows])
     epochs, space = settings["train"]["epochs"], base_space(settings)
-    console.print(watch.trials_table(rows, metric, epochs, space=space))
+    console.print(tables.trials_table(rows, metric, epochs, space=space))
     if ended := budget.read(place).get("ended"):
         console.print(f"The search ended: {ended}.")
     if repeats:
-        again = watch.trials_table([row for _, row in repeats], metric, epochs, space=space)
+        again = tables.trials_table([row for _, row in repeats], metric, epochs, space=space)
         console.print("\nThe best, trained again from new seeds:", again)
     if ranking := read_ranking(place):
-        console.print("", watch.ranking_table(ranking, space))
+        console.print("", tables.ranking_table(ranking, space))
 
 
 @app.command()
@@ -154,7 +133,7 @@ def evaluate(
     """The final stage alone, by default as it is configured: images that were drawn so already are kept."""
     from search import pipeline
     from search.prepare import preflight
-    from search.records import open_run
+    from search.runs import open_run
 
     settings, place, _ = open_run(path)
     draws = settings.final.sampler.model_copy(update=_given(name=sampler, steps=steps))
@@ -171,9 +150,8 @@ def evaluate(
 def rank(path: RunPath, as_json: Json = False) -> None:
     """The ranking, with confidence intervals and ties."""
     from evaluation.report_words import base_space
-    from search import watch
-    from search.config import UserError
-    from search.records import read_ranking, read_run
+    from search import tables
+    from search.runs import read_ranking, read_run
 
     settings, place, _ = read_run(path)
     ranking = read_ranking(place)
@@ -184,7 +162,7 @@ def rank(path: RunPath, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(ranking, indent=2))
     else:
-        console.print(watch.ranking_table(ranking, base_space(settings)), watch.ranking_notes(ranking), sep="\n")
+        console.print(tables.ranking_table(ranking, base_space(settings)), tables.ranking_notes(ranking), sep="\n")
 
 
 @app.command()
@@ -198,7 +176,7 @@ def report(path: RunPath) -> None:
 @app.command()
 def export(
     path: RunPath,
-    out: Annotated[Path, typer.Option(help="The folder to write.", callback=_home)],
+    out: Annotated[Path, typer.Option(help="The folder to write.", callback=home)],
     trial: Annotated[str | None, typer.Option(help="The trial; default is the winner.")] = None,
     weights: Annotated[Weights | None, typer.Option(help="Default: those that were ranked.")] = None,
     torch_export: Annotated[bool, typer.Option("--torch-export", help="Write denoiser.pt2 too.")] = False,
@@ -211,8 +189,8 @@ def export(
 
 @app.command()
 def sample(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An exported folder.", callback=_home)],
-    out: Annotated[Path, typer.Option(help="FILE.png (a grid), FILE.npz, or a folder of PNG files.", callback=_home)],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An exported folder.", callback=home)],
+    out: Annotated[Path, typer.Option(help="FILE.png (a grid), FILE.npz, or a folder of PNG files.", callback=home)],
     images: Annotated[int, typer.Option(min=1)] = 64,
     sampler: Annotated[str, typer.Option(help="ddpm, ddim or dpm++.")] = "ddim",
     steps: Annotated[int, typer.Option(min=1)] = 50,
@@ -227,28 +205,17 @@ def sample(
 @app.command()
 def score(
     images: Annotated[
-        Path, typer.Argument(metavar="IMAGES", help="A folder of images, an .npz, or a Parquet file.", callback=_home)
+        Path, typer.Argument(metavar="IMAGES", help="A folder of images, an .npz, or a Parquet file.", callback=home)
     ],
     extractor: Annotated[str, typer.Option(help="inception, or the folder of a stored classifier.")] = "inception",
-    weights: Annotated[Path | None, typer.Option(help="torch-fidelity's Inception weights.", callback=_home)] = None,
+    weights: Annotated[Path | None, typer.Option(help="torch-fidelity's Inception weights.", callback=home)] = None,
     split_size: Annotated[int, typer.Option(min=2)] = 5000,
     as_json: Json = False,
 ) -> None:
     """Score images, or stored `logits` or `probabilities` (N, K) in an .npz, which need no extractor."""
     from search import verbs
 
-    result = verbs.score(images, extractor, weights, split_size)
-    if as_json:
-        print(json.dumps(result, indent=2))
-        return
-    value = result["score"]
-    spread = "" if value["std"] is None else f" ± {value['std']:.4f} between splits"
-    left = f", {result['dropped']:,} left over" if result["dropped"] else ""
-    pool = f"; all {result['n'] + result['dropped']:,} as one pool {result['score_pool']:.4f}"
-    console.print(
-        f"{result['score_name']} {value['mean']:.4f}{spread}  "
-        f"(N {result['n']:,}, split size {result['split_size']:,}{left}{pool})"
-    )
+    verbs.score(images, extractor, weights, split_size, as_json, console)
 
 
 @app.command()
@@ -257,69 +224,18 @@ def train(
     set_: Set = None,
     out: Annotated[
         Path,
-        typer.Option(help="Checkpoints and TensorBoard events; an earlier training there goes on.", callback=_home),
+        typer.Option(help="Checkpoints and TensorBoard events; an earlier training there goes on.", callback=home),
     ] = Path("runs/train"),
 ) -> None:
     """One training without a search and without Ray."""
-    from search import config as configuration
     from search import verbs
 
-    verbs.train(configuration.load(config, set_ or []), out, console)
-
-
-Family = Annotated[str, typer.Option(help="linear, polynomial, cosine or sigmoid.")]
-Start = Annotated[float, typer.Option()]
-End = Annotated[float, typer.Option()]
-Tau = Annotated[float, typer.Option()]
-Steps = Annotated[int, typer.Option(help="T, the number of diffusion steps.")]
-
-
-@schedule_app.command("show")
-def schedule_show(
-    family: Family, start: Start, end: End, tau: Tau = 1.0, steps: Steps = 1000, as_json: Json = False
-) -> None:
-    """A schedule as numbers."""
-    from search import verbs
-
-    verbs.show_schedule(verbs.make_schedule(family, start, end, tau, steps), as_json, console)
-
-
-@schedule_app.command("plot")
-def schedule_plot(
-    family: Family,
-    start: Start,
-    end: End,
-    out: Annotated[Path, typer.Option(callback=_home)],
-    tau: Tau = 1.0,
-    steps: Steps = 1000,
-) -> None:
-    """A schedule as a picture."""
-    from search import verbs
-
-    verbs.plot_schedule(verbs.make_schedule(family, start, end, tau, steps), out)
-    console.print(f"Written: {out}")
-
-
-@schedule_app.command("compare")
-def schedule_compare(
-    schedules: Annotated[
-        list[str] | None, typer.Argument(metavar="FAMILY:START:END[:TAU]…", help="Default: the original study's five.")
-    ] = None,
-    out: Annotated[Path, typer.Option(callback=_home)] = Path("schedules.png"),
-    steps: Steps = 1000,
-) -> None:
-    """Several schedules, and what they do to one image."""
-    from search import verbs
-
-    verbs.compare_schedules(schedules or [], steps, out)
-    console.print(f"Written: {out}")
+    verbs.train(load(config, set_), out, console)
 
 
 def main() -> None:
     """Runs a command; a user's error is one message and exit status 2."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    from search.config import UserError
-
     try:
         app(standalone_mode=True)
     except UserError as error:

@@ -11,22 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
-from rich.console import Console
 from rich.text import Text
+
+from search.config import SearchConfig, UserError, load
+from search.options import Address, Json, Set, console
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
     from cluster.capacity import Capacity
     from cluster.doctor import Finding
-    from search.config import SearchConfig
 
 app = typer.Typer(no_args_is_help=True, help="The cluster that trials run on.")
-console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
-
-Address = Annotated[str, typer.Option(help="local starts a Ray here; auto or HOST:PORT joins one that runs.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, a.b=value; a.b+=value appends to a list.")]
 STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 
 
@@ -43,8 +39,6 @@ def capacity_(
 
 def placement_lines(cluster: "Capacity", workers: int) -> list[str]:
     """Of each node and of all. Raises UserError where not one trial fits."""
-    from search.config import UserError
-
     try:
         at_once = cluster.place(workers).at_once
     except ValueError as error:
@@ -64,10 +58,9 @@ def doctor_(
     as_json: Json = False,
 ) -> None:
     """Check every node before money is spent. Exit status 1 where a check fails."""
-    from search.config import load
-    from search.records import storage_at
+    from search.runs import storage_at
 
-    settings = load(config, set_ or []) if config else None
+    settings = load(config, set_) if config else None
     place = storage_at(storage)
 
     from cluster import connect, doctor
@@ -95,7 +88,7 @@ def _show(finding: "Finding") -> None:
         console.print(f"      → {finding.remedy}", soft_wrap=True)
 
 
-def _probes(settings: "SearchConfig | None") -> dict[str, tuple[Callable[[], str], str]]:
+def _probes(settings: SearchConfig | None) -> dict[str, tuple[Callable[[], str], str]]:
     if settings is None:
         return {}
     wanted = settings.train.data
@@ -109,7 +102,7 @@ def _probes(settings: "SearchConfig | None") -> dict[str, tuple[Callable[[], str
     return {"data": (look_at_data, "put the data set at the same path of every node, or on a shared disk")}
 
 
-def _weights(settings: "SearchConfig | None") -> "Iterator[Finding]":
+def _weights(settings: SearchConfig | None) -> "Iterator[Finding]":
     """Workers get the judge from the process that starts the search: its weights are needed here."""
     from cluster.doctor import Finding
 
@@ -141,9 +134,6 @@ def submit_(
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for its end.")] = False,
 ) -> None:
     """Run a search as a Ray job, which goes on where this machine goes away. Prints its log to its end."""
-    from search import config as configuration
-    from search.config import UserError
-
     if (config is None) == (resume is None):
         raise UserError("cluster submit takes either CONFIG, or --resume PATH")
     if resume is not None and (set_ or name or storage):
@@ -162,9 +152,8 @@ def submit_(
         command = ["resume", place, "--address", "auto"]
         called = Path(place.partition("?")[0]).name
         if config is not None:
-            tree = configuration.read(config, set_ or [])
-            called = tree["name"] = name or tree["name"]
-            settings = configuration.parse(tree, config)
+            settings = load(config, set_, name)
+            called = settings.name
             Path(scratch, "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
             command = ["run", "config.yaml", "--name", called, "--storage", place, "--address", "auto"]
         job = submit.submit(jobs, command, Path(scratch), called)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from evaluation.config import FinalStageConfig, SamplerConfig
+from evaluation.config import FinalStageConfig, Metric, SamplerConfig, rung_epochs
 from search.space_config import KNOWN_POINTS, VARIED, KnownPoint, SpaceConfig, explain
 from trainer.config import Config, Seed, TrainConfig, said
 
@@ -22,7 +22,7 @@ class EarlyStoppingConfig(Config):
     """
 
     scheduler: Literal["asha", "median", "none"] = "asha"
-    metric: Literal["auto", "frechet", "score", "grid_loss"] = "auto"
+    metric: Literal["auto", Metric] = "auto"
     rungs: tuple[float, ...] = Field((1 / 9, 1 / 3), description="fractions of a training's epochs, below 1")
     reduction: float = Field(3.0, gt=1)
     images: int = Field(256, ge=2, description="images scored at a rung")
@@ -121,14 +121,10 @@ class SearchConfig(Config):
         return self
 
     @property
-    def per_gpu(self) -> int:
-        """Trials that share a GPU; one where that is to be measured yet."""
-        return 1 if self.trials_per_gpu == "auto" else self.trials_per_gpu
-
-    @property
     def room(self) -> tuple[int, int, int | None]:
-        """What a trial asks of a cluster, as `Capacity.place` takes it."""
-        return self.train.workers, self.per_gpu, self.train.min_workers
+        """What a trial asks of a cluster, as `Capacity.place` takes it; a GPU where the share is to be measured."""
+        per_gpu = 1 if self.trials_per_gpu == "auto" else self.trials_per_gpu
+        return self.train.workers, per_gpu, self.train.min_workers
 
     @property
     def confirmations(self) -> int:
@@ -157,23 +153,16 @@ class SearchConfig(Config):
                 yield f"space.train.{name}: ", self.training({name: value})
 
     def rung_epochs(self) -> list[int]:
-        """Epochs, from 1, strictly below the last."""
-        epochs = {max(1, round(rung * self.train.epochs)) for rung in self.early_stopping.rungs}
-        return sorted(epoch for epoch in epochs if epoch < self.train.epochs)
+        return rung_epochs(self.early_stopping.rungs, self.train.epochs)
 
 
 class UserError(ValueError):
     """What only the user can mend: the message says what, which value and what to do. Exit status 2."""
 
 
-def load(name_or_path: str, overrides: list[str] | None = None) -> SearchConfig:
+def load(name_or_path: str, overrides: list[str] | None = None, name: str | None = None) -> SearchConfig:
     """Reads a YAML by path, or a shipped one by name; `overrides` are a.b=c, or a.b+=c to append to a list,
-    c read as YAML. Raises UserError."""
-    return parse(read(name_or_path, overrides or []), name_or_path)
-
-
-def read(name_or_path: str, overrides: list[str]) -> dict[str, Any]:
-    """The YAML's mapping with the overrides laid over it, not yet checked."""
+    c read as YAML; `name` is the run's, by default the file's. Raises UserError."""
     path = _find(name_or_path)
     if path is None:
         names = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
@@ -187,9 +176,11 @@ def read(name_or_path: str, overrides: list[str]) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping of settings, but holds a {type(tree).__name__}")
     tree.setdefault("name", path.stem)
-    for override in overrides:
+    for override in overrides or []:
         _set(tree, override)
-    return tree
+    if name is not None:
+        tree["name"] = name
+    return parse(tree, name_or_path)
 
 
 class _Loader(yaml.SafeLoader):

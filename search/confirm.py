@@ -13,11 +13,12 @@ from rich.console import Console
 
 from cluster.capacity import Placement
 from evaluation.rung import RungScorer
-from evaluation.stage import Candidate
+from evaluation.shards import Candidate
 from search import budget, tuner
 from search.config import SearchConfig
 from search.interrupt import Interrupt
-from search.records import CONFIRM, OPEN, Records, Row, confirmations
+from search.records import OPEN, Records, Row
+from search.runs import CONFIRM, confirmations
 from trainer.storage import Storage
 
 NOT_CHOSEN = "not among those that the newest ranking confirms"

@@ -11,7 +11,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from evaluation.rung import objective
 from search.budget import Budget
 from search.config import EarlyStoppingConfig
-from search.records import Live, Records, Row
+from search.driver_only import DriverOnly
+from search.records import Records, Row
 
 MEDIAN_TRIALS = 3  # as Ray's MedianStoppingRule
 
@@ -40,7 +41,7 @@ def beats_median(values: list[float], others: list[list[float]]) -> bool:
     return len(averages) < MEDIAN_TRIALS or min(values) <= float(np.median(averages))
 
 
-class RungScheduler(Live, FIFOScheduler):
+class RungScheduler(DriverOnly, FIFOScheduler):
     """Tune's scheduler for a search whose record is the authority.
 
     It keeps no state of its own: rungs live in the trials table, so a resumed search compares with every trial

@@ -5,10 +5,11 @@ from typing import Any, get_args
 
 from ray.util.metrics import Gauge
 
-from search.records import RUNG_METRICS, Live, Records, State
+from search.driver_only import DriverOnly
+from search.records import RUNG_METRICS, Records, State
 
 
-class Gauges(Live):
+class Gauges(DriverOnly):
     """Of one run, as the tag `run` says; set in the process that runs the search.
 
     Ray forgets what is not set again within some 10 s: `show` is to be called more often than that.

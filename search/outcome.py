@@ -1,6 +1,5 @@
 """What a run leaves: its ranking shown, the report, the export and samples of its winner; and each of them again."""
 
-import dataclasses
 import importlib.metadata
 import platform
 import tempfile
@@ -11,14 +10,17 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from evaluation import card, events, export, pictures, report, stage
+from evaluation import card, events, export, pictures, report
 from evaluation.config import SamplerConfig
 from evaluation.sampling import sample_images
-from search import budget, confirm, watch
+from evaluation.shards import Candidate, kept_images
+from search import budget, confirm, tables, watch
 from search.config import SearchConfig, UserError
 from search.prepare import preflight
-from search.records import CONFIG, Records, confirmations, open_run, read_ranking
+from search.records import Records
+from search.runs import CONFIG, confirmations, open_run, read_ranking
 from trainer import checkpoint
+from trainer.config import Weights
 from trainer.data import Splits
 from trainer.storage import Storage
 
@@ -30,8 +32,8 @@ def finish(config: SearchConfig, run: Storage, records: Records, splits: Splits,
     """Report, export and samples of the winner, from what the final stage left."""
     ranked = read_ranking(run)
     if ranked:
-        table = watch.ranking_table(ranked, config.train.schedule.space)
-        console.print(table, watch.ranking_notes(ranked), "", sep="\n")
+        table = tables.ranking_table(ranked, config.train.schedule.space)
+        console.print(table, tables.ranking_notes(ranked), "", sep="\n")
     write_report(config, run, records, splits, ranked)
     console.print(f"Report:   {run.at(REPORT).uri}")
     winner = _winner(ranked) if ranked else None
@@ -53,7 +55,7 @@ def export_trial(
     trial: str,
     out: Path | None,
     console: Console,
-    weights: str | None = None,
+    weights: Weights | None = None,
     torch_export: bool = False,
 ) -> None:
     """Exports a trial to `out` (a local folder; None: RUN/export), with samples.png: into `out`, or into RUN.
@@ -71,15 +73,14 @@ def export_trial(
     trainings = ((entry, {seed["trial"] for seed in entry.get("by_seed") or ()}) for entry in entries)
     entry = next((entry for entry, seeds in trainings if trial == entry["trial"] or trial in seeds), None)
     weights = weights or (ranked or {}).get("weights", config.final.weights)
-    raw = weights == "raw"
-    text = card.model_card(config.name, dataclasses.asdict(row), found, ranked, entry, raw, torch_export)
+    text = card.model_card(config.name, vars(row), found, ranked, entry, weights, torch_export)
     provenance = {"run": config.name, "trial": trial, "checkpoint": row.checkpoint, "weights": weights}
     provenance["checkpoint_meta"] = card.published(found.meta)
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(run.root) if run.is_local else Path(scratch)
         folder, picture = (out, out / "samples.png") if out else (home / "export", home / "samples.png")
         sampler = SamplerConfig.model_validate(ranked["sampler"]) if ranked else config.final.sampler
-        export.export_pipeline(found, folder, sampler, text, provenance, raw, torch_export)
+        export.export_pipeline(found, folder, sampler, text, provenance, weights, torch_export)
         images = _ranked_images(run, ranked, trial, row.checkpoint, weights)
         if images is None:
             images = _drawn_here(folder, sampler, console)
@@ -94,13 +95,13 @@ def export_trial(
 
 
 def _ranked_images(
-    run: Storage, ranked: dict[str, Any] | None, trial: str, path: str, weights: str
+    run: Storage, ranked: dict[str, Any] | None, trial: str, path: str, weights: Weights
 ) -> np.ndarray | None:
     """None where these weights of the checkpoint were not scored, or their images are gone."""
     if ranked is None or ranked.get("weights", "ema") != weights:
         return None
     try:
-        return stage.kept_images(run, stage.Candidate(trial, path), ranked)[:SAMPLES]
+        return kept_images(run, Candidate(trial, path), ranked)[:SAMPLES]
     except FileNotFoundError:
         return None
 
@@ -123,9 +124,9 @@ def write_report(
     if ranked:
         for row in ranked["trials"]:
             if row["rank"] is not None:
-                candidate = stage.Candidate(row.get("best_seed") or row["trial"], row.get("checkpoint") or "")
+                candidate = Candidate(row.get("best_seed") or row["trial"], row.get("checkpoint") or "")
                 try:
-                    samples[row["trial"]] = stage.kept_images(run, candidate, ranked)
+                    samples[row["trial"]] = kept_images(run, candidate, ranked)
                 except FileNotFoundError as error:  # perhaps deleted, to save space
                     lost[row["trial"]] = str(error).replace(f"{run.root}/", "")
     logged = {}
@@ -139,7 +140,7 @@ def write_report(
     page = report.render(
         run_name=config.name,
         config=config.model_dump(mode="json"),
-        rows=[dataclasses.asdict(row) for row in records],
+        rows=[vars(row) for row in records],
         confirming_seconds=sum(row.worker_seconds for _, row in confirmations(run)),
         ranking=ranked,
         samples=samples,
@@ -188,7 +189,7 @@ def report_again(path: str, console: Console) -> None:
 
 
 def export_again(
-    path: str, trial: str | None, out: Path, weights: str | None, torch_export: bool, console: Console
+    path: str, trial: str | None, out: Path, weights: Weights | None, torch_export: bool, console: Console
 ) -> None:
     """A trial's export, the winner's where none is named."""
     config, run, records = open_run(path)

@@ -11,16 +11,18 @@ from rich.console import Console
 
 from cluster import capacity, connect, nodes
 from cluster.capacity import Placement
-from evaluation import reference, stage
+from evaluation import ranking_file, reference, stage
 from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
 from evaluation.rung import RungScorer
-from search import budget, confirm, disk, lease, plan, tuner, watch
+from evaluation.shards import Candidate
+from search import budget, confirm, disk, lease, plan, tables, tuner, watch
 from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt, resume_command
 from search.outcome import REPORT, finish, versions
 from search.prepare import choose_metric, judge_of
-from search.records import CONFIG, RANKING, Records, Row
+from search.records import Records
+from search.runs import CONFIG, RANKING
 from trainer import data
 from trainer.data import Splits
 from trainer.failures import TooLittleMemoryError
@@ -33,10 +35,12 @@ def begin(config: SearchConfig, run: Storage) -> None:
         raise UserError(
             f"{run.uri} holds another run; go on with it ({resume_command(run.uri)}) or give this one another --name"
         )
+    header = "# " + ", ".join(f"{name} {number}" for name, number in versions().items())
+    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     try:
         if run.names():
             raise UserError(f"{run.uri} is not empty and holds no run; give another --name or --storage")
-        run.write(CONFIG, _config_yaml(config).encode())
+        run.write(CONFIG, f"{header}\n{settings}".encode())
     except OSError as error:
         raise UserError(f"--storage {run.uri} cannot be written: {error}; give a folder that can") from error
 
@@ -59,8 +63,8 @@ def dry_run(
     config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console
 ) -> dict[str, Any]:
     """What a run would do and cost, measured in a few steps where a trial would run. Writes nothing into `run`."""
-    with connect.connected(address) as ray:
-        cluster = _with_room(config.room, ray, console)
+    with connect.connected(address) as connection:
+        cluster = _with_room(config.room, connection, console)
         config, judge, scorer, placement = _prepare(config, splits, cluster, console, None)
         with console.status("timing a few steps"):
             measured = plan.measure_on_cluster(config, scorer, cluster.use_gpu)
@@ -81,17 +85,19 @@ def dry_run(
     }
 
 
-def _with_room(room: tuple[int, int, int | None], ray: connect.Connection, console: Console) -> capacity.Capacity:
+def _with_room(
+    room: tuple[int, int, int | None], connection: connect.Connection, console: Console
+) -> capacity.Capacity:
     """The cluster, whose nodes may have come since the last look, or may still be starting.
 
     Raises UserError where not one trial fits, and ConnectError where a node has other versions.
     """
     try:
-        cluster = capacity.with_room(room, console.print, 0 if ray.local else capacity.NODES_SECONDS)
+        cluster = capacity.with_room(room, console.print, 0 if connection.local else capacity.NODES_SECONDS)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if not ray.local:
-        ray.check_versions()
+    if not connection.local:
+        connection.check_versions()
     return cluster
 
 
@@ -103,10 +109,7 @@ def _prepare(
     The configuration comes back with a number for trials_per_gpu: auto.
     """
     placement = cluster.place(*config.room)
-    try:
-        judge = judge_of(config, splits, console, run)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    judge = judge_of(config, splits, console, run)
     metric = choose_metric(config, judge, console)
     settings = config.early_stopping
     scorer = reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric)
@@ -129,12 +132,12 @@ def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, 
 def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
     records = Records.load(run)
     allowed = budget.Budget(config.budget, run, records)
-    with connect.connected(address) as ray, Interrupt().handled() as interrupt:
-        if ray.dashboard:
-            console.print(f"Ray dashboard:  http://{ray.dashboard}")
+    with connect.connected(address) as connection, Interrupt().handled() as interrupt:
+        if connection.dashboard:
+            console.print(f"Ray dashboard:  http://{connection.dashboard}")
         console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.at('tensorboard').uri)}")
-        cluster = _with_room(config.room, ray, console)
-        if not ray.local:
+        cluster = _with_room(config.room, connection, console)
+        if not connection.local:
             _check_shared(run)
         config, judge, scorer, placement = _prepare(config, splits, cluster, console, run)
         left = tuner.trials_left(config, records)
@@ -147,15 +150,15 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
             ended = tuner.search(config, run, records, scorer, placement, allowed, interrupt, console)
             console.print(f"The search ended: {ended}.")
             space = config.train.schedule.space
-            table = watch.trials_table(records, scorer.metric, config.train.epochs, space=space)
-            console.print(table, *watch.reasons(records), "", sep="\n")
+            table = tables.trials_table(records, scorer.metric, config.train.epochs, space=space)
+            console.print(table, *tables.reasons(records), "", sep="\n")
         else:
             tuner.tidy(run, records)
             tuner.mend_study(config, run, records, scorer.metric)
         if judge is None:
             console.print("No final stage: the data has no labels, and final.inception_weights is not given.")
         else:
-            evaluate(config, run, records, judge, scorer, ray, console, interrupt)
+            evaluate(config, run, records, judge, scorer, connection, console, interrupt)
     finish(config, run, records, splits, console)
     if judge is not None:
         _check_ranked(run)
@@ -185,7 +188,7 @@ def evaluate(
     records: Records,
     judge: Reference,
     scorer: RungScorer,
-    ray: connect.Connection,
+    connection: connect.Connection,
     console: Console,
     interrupt: Interrupt,
 ) -> None:
@@ -197,19 +200,19 @@ def evaluate(
     def ranking() -> dict[str, Any]:
         drawn = [candidate for candidate in candidates if candidate.trial not in notes]
         what = f"Drawing {config.final.images:,} images of each of {len(drawn)} trials"
-        cluster = _with_room((1, 1, None), ray, console)  # nodes may have come and gone since the search began
+        cluster = _with_room((1, 1, None), connection, console)  # nodes may have come and gone since the search began
         with watch.progress_bar(console, what) as progress:
             slots, memory = sum(cluster.slots()), cluster.worker().get("memory", 0)
             try:
                 notes.update(stage.draw(run, drawn, config.final, judge, slots, cluster.use_gpu, progress, memory))
             except TooLittleMemoryError as error:
                 raise UserError(str(error)) from error
-        return stage.ranking(run, candidates, config.final, judge, notes)
+        return ranking_file.ranking(run, candidates, config.final, judge, notes)
 
     result = ranking()
     best = [row["trial"] for row in result["trials"] if row["rank"]][: config.final.confirm.top]
     if best:
-        placement = _with_room(config.room, ray, console).place(*config.room)
+        placement = _with_room(config.room, connection, console).place(*config.room)
         chosen = [records[trial] for trial in best]
         repeats, failed = confirm.train_again(config, run, records, chosen, scorer, placement, console, interrupt)
         candidates += repeats
@@ -221,11 +224,6 @@ def evaluate(
         for seed in entry["by_seed"]:
             seed["seed"] = rows[seed["trial"]].seed
     run.write_json(RANKING, result)
-
-
-def _config_yaml(config: SearchConfig) -> str:
-    header = "# " + ", ".join(f"{name} {number}" for name, number in versions().items())
-    return f"{header}\n{yaml.safe_dump(config.model_dump(mode='json'), sort_keys=False)}"
 
 
 def evaluate_again(
@@ -240,31 +238,26 @@ def evaluate_again(
 
     The run's own configuration stays what it was: `resume` ranks by that again.
     """
-    with (
-        disk.full_disk_said(run),
-        lease.held(run),
-        connect.connected(address) as ray,
-        Interrupt().handled() as interrupt,
-    ):
-        cluster = _with_room(config.room, ray, console)
-        if not ray.local:
-            _check_shared(run)
+    with disk.full_disk_said(run), lease.held(run):
         records = Records.load(run)
-        asked = config.model_copy(update={"final": final})
-        asked, judge, scorer, _ = _prepare(asked, splits, cluster, console, run)
-        if judge is None:
-            raise UserError("nothing can judge these images: the data has no labels, so give final.inception_weights")
-        evaluate(asked, run, records, judge, scorer, ray, console, interrupt)
-    finish(config, run, records, splits, console)
-    _check_ranked(run)
+        with connect.connected(address) as connection, Interrupt().handled() as interrupt:
+            cluster = _with_room(config.room, connection, console)
+            if not connection.local:
+                _check_shared(run)
+            asked = config.model_copy(update={"final": final})
+            asked, judge, scorer, _ = _prepare(asked, splits, cluster, console, run)
+            if judge is None:
+                raise UserError(
+                    "nothing can judge these images: the data has no labels, so give final.inception_weights"
+                )
+            evaluate(asked, run, records, judge, scorer, connection, console, interrupt)
+        finish(config, run, records, splits, console)
+        _check_ranked(run)
 
 
-def _candidates(config: SearchConfig, records: Records, metric: str) -> list[stage.Candidate]:
+def _candidates(config: SearchConfig, records: Records, metric: str) -> list[Candidate]:
     """The best trials that were trained in full; stopped ones only where there are none."""
-    trained = [row for row in watch.in_order(records, metric) if row.checkpoint and row.rungs and row.state != "failed"]
-
-    def fully(row: Row) -> bool:
-        return row.state == "completed"
-
-    chosen = [row for row in trained if fully(row)] or trained
-    return [stage.Candidate(row.trial, str(row.checkpoint)) for row in chosen[: config.final.top]]
+    ordered = tables.in_order(records, metric)
+    trained = [row for row in ordered if row.checkpoint and row.rungs and row.state != "failed"]
+    chosen = [row for row in trained if row.state == "completed"] or trained
+    return [Candidate(row.trial, str(row.checkpoint)) for row in chosen[: config.final.top]]

@@ -13,7 +13,7 @@ import ray
 import torch
 from rich.console import Console
 
-from evaluation.report_words import label
+from evaluation.report_words import label, searched_words
 from evaluation.rung import RungScorer
 from evaluation.sampling import sample_images
 from search import space
@@ -21,8 +21,8 @@ from search.config import SearchConfig
 from search.disk import disk_bytes, expected_checkpoint_bytes, size
 from search.records import Records
 from search.searcher import HonestOptunaSearch
-from search.space_config import Range, Searched
-from trainer import checkpoint, data, local, loop, schedules
+from search.space_config import Range
+from trainer import checkpoint, data, local, loop
 from trainer.storage import Storage
 
 STEPS_SECONDS = 3.0  # how long training steps are timed
@@ -65,7 +65,7 @@ def measure(config: SearchConfig, scorer: RungScorer, asked_at: float) -> Measur
         checkpoint_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
     checkpoint_bytes = max(checkpoint_bytes, expected_checkpoint_bytes(config, images.shape))
 
-    denoiser, betas = advance.emas[0].model, schedules.betas(**training.schedule.model_dump())
+    denoiser, betas = advance.emas[0].model, training.schedule.betas()
 
     def rung(steps: int) -> None:
         settings = scorer.sampler.model_copy(update={"steps": steps})
@@ -177,17 +177,16 @@ def describe(config: SearchConfig, metric: str) -> dict[str, Any]:
         for point in config.known_points:
             records.add(judge.new_row(space.known_params(config, point), known=True))
         known = [row.params() | {"screened" if row.state == "screened" else "reused": row.reason} for row in records]
-    families = {family: space.parameters(config, family) for family in config.space.families}
+    families = {
+        family: {n: v.model_dump() if isinstance(v, Range) else v for n, v in space.parameters(config, family).items()}
+        for family in config.space.families
+    }
     return {
         "read_as": config.train.schedule.space,
-        "space": {family: {n: _range(v) for n, v in named.items()} for family, named in families.items()},
+        "space": families,
         "choices": {name: list(values) for name, values in config.space.train.items()},
         "known_points": known,
     }
-
-
-def _range(searched: Searched) -> Any:
-    return searched.model_dump() if isinstance(searched, Range) else searched
 
 
 def show(plan: dict[str, Any], console: Console) -> None:
@@ -197,11 +196,13 @@ def show(plan: dict[str, Any], console: Console) -> None:
     console.print(f"Plan of {plan['run']}: nothing is written there, nothing is trained.\n")
     console.print("Space")
     for family, named in plan["space"].items():
-        own = ", ".join(f"{n.partition('.')[2]} {_shown(v)}" for n, v in named.items() if n.startswith(f"{family}."))
+        own = ", ".join(
+            f"{n.partition('.')[2]} {searched_words(v)}" for n, v in named.items() if n.startswith(f"{family}.")
+        )
         console.print(f"  {family:<16}{own}")
     shared = {n: v for n, v in next(iter(plan["space"].values())).items() if "." not in n} | plan["choices"]
     for name, value in shared.items():
-        console.print(f"  {name:<16}{_shown(value)}")
+        console.print(f"  {name:<16}{searched_words(value)}")
     console.print("Known points, tried first")
     for point in plan["known_points"]:
         said = next((f"{key}: {point[key]}" for key in ("screened", "reused") if point.get(key)), "passes the screen")
@@ -223,9 +224,3 @@ def show(plan: dict[str, Any], console: Console) -> None:
     )
     if plan["warning"]:
         console.print(plan["warning"])
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{value['low']:g} to {value['high']:g}" + (" (log)" if value["log"] else "")
-    return f"{value:g}" if isinstance(value, float) else str(value)

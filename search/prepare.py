@@ -6,8 +6,8 @@ from collections.abc import Callable
 from rich.console import Console
 
 from evaluation import reference
+from evaluation.config import Metric
 from evaluation.reference import Reference
-from evaluation.rung import Metric
 from search import samplers, watch
 from search.config import SearchConfig, UserError
 from trainer import data

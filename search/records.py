@@ -8,50 +8,33 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
-from search.config import SearchConfig, UserError, parse
+from evaluation.config import Metric
 from trainer.storage import Storage
 
-CONFIG, RANKING, CONFIRM = "config.yaml", "ranking.json", "confirm"
 FILE = "trials.parquet"
 State = Literal["waiting", "running", "completed", "stopped", "screened", "reused", "failed"]
 OPEN = ("waiting", "running")  # still to be trained: not begun, and begun
 ENDED = ("completed", "stopped", "failed")  # of those that were trained
-RUNG_METRICS = ("frechet", "score", "grid_loss")
+RUNG_METRICS = get_args(Metric)
 SMALL = 200  # rows; a larger table takes longer to write, and is not written at every change
 PART = 100  # rows that are turned into Arrow together
 PAUSE = 20  # times as long as a write took is waited before the next: at most a twentieth of the driver's time
 MOST_PAUSE_SECONDS = 10.0  # where a storage was away for a while, a write may have taken minutes
 
-SCHEMA = pa.schema(
-    [
-        pa.field("trial", pa.string(), nullable=False),
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("family", pa.string(), nullable=False),
-        pa.field("start", pa.float64(), nullable=False),
-        pa.field("end", pa.float64(), nullable=False),
-        pa.field("tau", pa.float64(), nullable=False),
-        pa.field("learning_rate", pa.float64(), nullable=False),
-        pa.field("dropout", pa.float64(), nullable=False),
-        pa.field("settings", pa.string(), nullable=False),
-        pa.field("seed", pa.int64(), nullable=False),
-        pa.field("state", pa.string(), nullable=False),
-        pa.field("reason", pa.string()),
-        pa.field("same_as", pa.string()),
-        pa.field("epoch", pa.int64(), nullable=False),
-        pa.field(
-            "rungs",
-            pa.list_(pa.struct([("epoch", pa.int64()), *((name, pa.float64()) for name in RUNG_METRICS)])),
-        ),
-        pa.field("worker_seconds", pa.float64(), nullable=False),
-        pa.field("checkpoint", pa.string()),
-    ]
-)
+TEXT, NUMBER, COUNT = pa.string(), pa.float64(), pa.int64()
+RUNG = pa.struct([("epoch", COUNT), *((name, NUMBER) for name in RUNG_METRICS)])
+COLUMNS = {
+    "trial": TEXT, "source": TEXT, "family": TEXT, "start": NUMBER, "end": NUMBER, "tau": NUMBER,
+    "learning_rate": NUMBER, "dropout": NUMBER, "settings": TEXT, "seed": COUNT, "state": TEXT, "reason": TEXT,
+    "same_as": TEXT, "epoch": COUNT, "rungs": pa.list_(RUNG), "worker_seconds": NUMBER, "checkpoint": TEXT,
+}  # fmt: skip
+MAY_BE_NULL = ("reason", "same_as", "rungs", "checkpoint")
+SCHEMA = pa.schema([pa.field(name, kind, nullable=name in MAY_BE_NULL) for name, kind in COLUMNS.items()])
 
 
 @dataclass(frozen=True)
@@ -87,13 +70,6 @@ class Row:
         """As in the tables: family, start, end, tau, learning_rate, dropout, settings."""
         names = ("family", "start", "end", "tau", "learning_rate", "dropout", "settings")
         return {name: getattr(self, name) for name in names}
-
-
-class Live:
-    """What belongs to this process: Tune pickles all that it is given, for a restore that a run never does."""
-
-    def __reduce__(self) -> tuple[type["Live"], tuple[()]]:
-        return Live, ()
 
 
 class Records:
@@ -225,63 +201,3 @@ def _as_stored(row: Row) -> dict[str, Any]:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def storage_at(address: str) -> Storage:
-    """Raises UserError where no storage can be at such an address."""
-    try:
-        return Storage(address)
-    except (ValueError, OSError, RuntimeError) as error:  # an unknown s3:// like scheme, no answer, ~nobody
-        raise UserError(f"{address} is no place for a run: {error}; give a folder, or s3://bucket/folder") from error
-
-
-def read_run(path: str) -> tuple[dict[str, Any], Storage, Records]:
-    """An earlier run, perhaps of another version: its configuration is not checked. Raises UserError."""
-    run = storage_at(path)
-    if not run.exists(CONFIG):
-        raise UserError(f"no run at {path}: it has no {CONFIG}; give the folder that `ddpm-search run` printed")
-    try:
-        tree, records = yaml.safe_load(run.read(CONFIG)), Records.load(run)
-    except (yaml.YAMLError, UnicodeDecodeError, pa.ArrowInvalid) as error:
-        raise UserError(f"the run at {path} is damaged: {error}; restore {CONFIG} and {FILE} from a copy") from error
-    try:
-        whole = bool(tree["name"] and tree["train"]["epochs"] and tree["early_stopping"]["metric"])
-    except (KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(
-            f"no run at {path}: its {CONFIG} is not a run's; give the folder that `ddpm-search run` printed"
-        )
-    return tree, run, records
-
-
-def confirmations(run: Storage) -> list[tuple[str, Row]]:
-    """(the trial that it repeats, its row) of every training from a new seed, in the order of RUN/confirm's table.
-
-    Raises UserError where that is damaged.
-    """
-    place = run.at(CONFIRM)
-    try:
-        return [(row.trial.rpartition("-seed")[0], row) for row in Records.load(place)]
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{place.uri}/{FILE} is damaged: {error}; restore it from a copy") from error
-
-
-def read_ranking(run: Storage) -> dict[str, Any] | None:
-    """ranking.json, or None before the final stage. Raises UserError where it is damaged."""
-    if not run.exists(RANKING):
-        return None
-    try:
-        found = run.read_json(RANKING)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        found = error
-    if not isinstance(found, dict) or not {"trials", "score_name", "images", "split_size"} <= found.keys():
-        what = f": {found}" if isinstance(found, Exception) else ""
-        raise UserError(f"{RANKING} of {run.uri} is damaged{what}; write it anew: ddpm-search evaluate {run.uri}")
-    return found
-
-
-def open_run(path: str) -> tuple[SearchConfig, Storage, Records]:
-    """An earlier run, to go on with. Raises UserError where there is none, or this version cannot go on with it."""
-    tree, run, records = read_run(path)
-    return parse(tree, f"{path}/{CONFIG}"), run, records

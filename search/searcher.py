@@ -1,12 +1,9 @@
 """OptunaSearch that screens before a trial costs anything, and tells Optuna the truth about how trials ended."""
 
 import dataclasses
-import math
-from collections.abc import Iterable
 from itertools import takewhile
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.samplers import TPESampler
 from optuna.storages import InMemoryStorage
@@ -18,16 +15,16 @@ from evaluation.analysis import NOT_RESUMED
 from search import samplers, space
 from search.budget import Budget
 from search.config import SearchConfig, UserError
-from search.records import OPEN, Live, Records, Row
+from search.driver_only import DriverOnly
+from search.records import OPEN, Records, Row
+from search.reuse import reused
 from search.study import ShortMemory
-from trainer import schedules
 
 MAX_UNTRAINED_IN_A_ROW = 200  # screened and reused ones: then there is nothing new to be found in the space
 UNTRAINED = ("screened", "reused")
-SPEAKS = (*OPEN, "completed", "stopped")  # for a configuration that is nearly the same
 
 
-class HonestOptunaSearch(Live, OptunaSearch):
+class HonestOptunaSearch(DriverOnly, OptunaSearch):
     """Optuna over the conditional space, its trials those of the trials table.
 
     Interrupted trials of a resumed run come first, then known points that were not tried, then suggestions.
@@ -86,7 +83,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
             return str(Searcher.FINISHED)
         if self._unfinished:
             row = self._unfinished.pop(0)
-            self._ask(trial_id, space.params_of(dataclasses.asdict(row)))
+            self._ask(trial_id, space.params_of(vars(row)))
             return self._start(trial_id, row)
         while not self.over():
             if self._known:
@@ -158,7 +155,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
         self._keys[trial_id] = row.trial
         if row.state == "waiting":
             row = self.records.update(row.trial, state="running")
-        training = space.train_config(self.config, dataclasses.asdict(row))
+        training = space.train_config(self.config, vars(row))
         return {"trial": row.trial, "train": training.model_dump(mode="json")}
 
     def new_row(self, params: space.Params, known: bool) -> Row:
@@ -168,8 +165,8 @@ class HonestOptunaSearch(Live, OptunaSearch):
         row = Row(trial=trial, source="known" if known else "suggested", seed=self.config.train.seed, **flat)
         if reason := space.screen(self.config, params):
             return dataclasses.replace(row, state="screened", reason=reason)
-        if found := twin(self.config, row, self.records):
-            return dataclasses.replace(row, state="reused", reason=_same(*found), same_as=found[0])
+        if found := reused(self.config, row, self.records):
+            return dataclasses.replace(row, state="reused", **found)
         return row
 
     def _exhausted(self) -> None:
@@ -230,8 +227,8 @@ class HonestOptunaSearch(Live, OptunaSearch):
         begun = sum(row.state not in UNTRAINED for row in self.records)
         heirs: list[Row] = []
         for row in [row for row in self.records if row.same_as == failed]:
-            if found := twin(self.config, row, (*self.records, *heirs)):
-                self.records.update(row.trial, same_as=found[0], reason=_same(*found))
+            if found := reused(self.config, row, (*self.records, *heirs)):
+                self.records.update(row.trial, **found)
             elif self.ended is None and begun + len(heirs) < self.config.trials:
                 heirs.append(dataclasses.replace(row, state="waiting", reason=None, same_as=None))
         for heir in heirs:
@@ -239,7 +236,7 @@ class HonestOptunaSearch(Live, OptunaSearch):
 
     def _remember(self, row: Row) -> None:
         """Puts a finished row of an earlier run into the study, where the space holds it."""
-        params = space.params_of(dataclasses.asdict(row))
+        params = space.params_of(vars(row))
         if not space.contains(self.config, params):
             return
         searched = space.distributions(self.config, row.family)
@@ -270,30 +267,3 @@ class HonestOptunaSearch(Live, OptunaSearch):
             return TrialState.COMPLETE
         # One that was completed and drew no finite images has no value to tell.
         return TrialState.PRUNED if row.state == "stopped" and self._values(row) else TrialState.FAIL
-
-
-def twin(config: SearchConfig, row: Row, records: Iterable[Row]) -> tuple[str, float] | None:
-    """The trial that is this configuration but for rounding, and the largest difference of their alpha_bar; or None.
-
-    Families are no bar: sigmoid and cosine curves can be one. A failed trial says nothing of another training.
-    """
-    limits, curve = config.reuse, _alpha_bar(config, row)
-    near = [
-        (schedules.largest_difference(curve, _alpha_bar(config, other)), other.trial)
-        for other in records
-        if abs(other.dropout - row.dropout) <= limits.dropout
-        and abs(math.log(other.learning_rate / row.learning_rate)) <= limits.log_learning_rate
-        and other.state in SPEAKS
-        and (other.seed, other.settings) == (row.seed, row.settings)
-    ]
-    difference, trial = min(near, default=(math.inf, ""))
-    return (trial, difference) if difference < limits.alpha_bar else None
-
-
-def _same(trial: str, difference: float) -> str:
-    return f"the same as {trial}: alpha_bar differs by {difference:.2g} at most"
-
-
-def _alpha_bar(config: SearchConfig, row: Row) -> np.ndarray:
-    schedule = space.train_config(config, dataclasses.asdict(row)).schedule
-    return schedules.alpha_bar(schedules.betas(**schedule.model_dump()))

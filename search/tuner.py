@@ -23,10 +23,11 @@ from search import trial
 from search.budget import Budget
 from search.config import SearchConfig
 from search.disk import keep_what_is_asked_for
+from search.driver_only import DriverOnly
 from search.early_stopping import RungScheduler
 from search.gauges import Gauges
 from search.interrupt import Interrupt, resume_command
-from search.records import ENDED, Live, Records, Row
+from search.records import ENDED, Records, Row
 from search.searcher import HonestOptunaSearch
 from search.watch import SearchView
 from trainer.config import TrainConfig
@@ -196,7 +197,7 @@ def _copy_journal(run: Storage, journal: Path) -> None:
         run.write(JOURNAL, journal.read_bytes())
 
 
-class _Stop(Live, Stopper):
+class _Stop(DriverOnly, Stopper):
     """Ends a search that the user interrupted, or whose budget is spent where no trial can come to a rung."""
 
     def __init__(self, interrupt: Interrupt, room: _Room, budget: Budget):
@@ -209,7 +210,7 @@ class _Stop(Live, Stopper):
         return self.interrupt.requested or (not self.room.held and self.budget.spent() is not None)
 
 
-class _Watcher(Live, Callback):
+class _Watcher(DriverOnly, Callback):
     """Passes Tune's events on, and copies the study where the run is not on a local disk."""
 
     def __init__(

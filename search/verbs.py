@@ -1,7 +1,6 @@
-"""The verbs that need no run and no Ray: train, sample, score, schedule show and compare."""
+"""The verbs that need no run and no Ray: train, sample, score."""
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,105 +11,7 @@ from rich.console import Console
 
 from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt
-from search.space_config import KNOWN_POINTS, explain
-from trainer import schedules
-from trainer.config import ScheduleConfig
-
-
-def make_schedule(family: str, start: float, end: float, tau: float, steps: int) -> ScheduleConfig:
-    """Raises UserError where the values break a law."""
-    try:
-        return ScheduleConfig.model_validate({"family": family, "start": start, "end": end, "tau": tau, "steps": steps})
-    except ValidationError as error:
-        raise UserError("; ".join(explain(e) for e in error.errors()[:3])) from None
-
-
-def schedule_numbers(schedule: ScheduleConfig) -> dict[str, Any]:
-    """What `schedule show` prints: beta and alpha_bar (T,), terminal_snr, prior_kl_bits_per_dim, screened."""
-    values = schedule.model_dump()
-    betas = schedules.betas(**values)
-    alpha_bar = schedules.alpha_bar(betas)
-    return {
-        **values,
-        "terminal_snr": schedules.terminal_snr(alpha_bar[-1]),
-        "prior_kl_bits_per_dim": schedules.prior_kl_bits_per_dim(alpha_bar[-1]),
-        "screened": schedules.screen(**values),
-        "beta": betas.tolist(),
-        "alpha_bar": alpha_bar.tolist(),
-    }
-
-
-def show_schedule(schedule: ScheduleConfig, as_json: bool, console: Console) -> None:
-    numbers = schedule_numbers(schedule)
-    if as_json:
-        print(json.dumps(numbers))
-        return
-    from rich.table import Table
-
-    console.print(f"{schedule.label()}, T = {schedule.steps}")
-    console.print(
-        f"terminal SNR {numbers['terminal_snr']:.3g}, "
-        f"prior KL {numbers['prior_kl_bits_per_dim']:.3g} bits per dimension"
-    )
-    console.print(f"screen: {numbers['screened'] or 'passes'}")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("step t", "beta", "alpha_bar", "log SNR"):
-        table.add_column(name, justify="right")
-    log_snr = schedules.log_snr(np.array(numbers["alpha_bar"]))
-    for index in np.unique(np.linspace(0, schedule.steps - 1, 11).round().astype(int)):
-        table.add_row(
-            str(index + 1),
-            f"{numbers['beta'][index]:.4g}",
-            f"{numbers['alpha_bar'][index]:.4g}",
-            f"{log_snr[index]:.2f}",
-        )
-    console.print(table)
-
-
-def _check_picture(out: Path) -> None:
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out must end in .png, which is what is written, but is {out}")
-
-
-def plot_schedule(schedule: ScheduleConfig, out: Path) -> None:
-    from evaluation import pictures
-
-    _check_picture(out)
-    try:
-        pictures.plot_schedules([schedule], out)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error}") from error
-
-
-def compare_schedules(named: list[str], steps: int, out: Path) -> None:
-    """Draws schedules given as FAMILY:START:END[:TAU]; the original study's five where none are."""
-    from sklearn.datasets import load_sample_image
-
-    from evaluation import pictures
-
-    _check_picture(out)
-    if named:
-        chosen = [_parse_schedule(text, steps) for text in named]
-    else:
-        chosen = [make_schedule(p.family, p.start, p.end, p.tau, steps) for p in KNOWN_POINTS]
-    photo = load_sample_image("flower.jpg")[60:380:2, 160:480:2]  # embedded in scikit-learn
-    try:
-        pictures.plot_compare(chosen, photo, out)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error}") from error
-
-
-def _parse_schedule(text: str, steps: int) -> ScheduleConfig:
-    family, *numbers = text.split(":")
-    try:
-        values = [float(number) for number in numbers]
-    except ValueError:
-        values = []
-    if not 2 <= len(values) <= 3:
-        raise UserError(
-            f"a schedule is FAMILY:START:END or FAMILY:START:END:TAU, such as cosine:0:1:1, but got {text!r}"
-        )
-    return make_schedule(family, values[0], values[1], values[2] if len(values) == 3 else 1.0, steps)
+from search.space_config import explain
 
 
 def sample(folder: Path, out: Path, images: int, sampler: str, steps: int, seed: int, console: Console) -> None:
@@ -143,11 +44,12 @@ def sample(folder: Path, out: Path, images: int, sampler: str, steps: int, seed:
     console.print(f"Written: {out}")
 
 
-def score(path: Path, extractor: str, weights: Path | None, split_size: int) -> dict[str, Any]:
-    """The score of images, or of stored probabilities or logits, as `score --json` prints it."""
+def score(path: Path, extractor: str, weights: Path | None, split_size: int, as_json: bool, console: Console) -> None:
+    """Prints the score of images, or of stored probabilities or logits."""
     import torch
 
-    from evaluation import extractors, files, inception, scores
+    from evaluation import files, inception, scores
+    from evaluation.classifier import Classifier
     from trainer.storage import Storage
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,21 +61,31 @@ def score(path: Path, extractor: str, weights: Path | None, split_size: int) -> 
             if extractor == "inception":
                 judge: Any = inception.Inception(weights, device)
             else:
-                judge = extractors.Classifier.load(Storage(extractor)).to(device)
+                judge = Classifier.load(Storage(extractor)).to(device)
             name, score_name = judge.name, judge.score_name
             probabilities = judge.extract(drawn).probabilities
         result = scores.inception_score(probabilities, split_size)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
-    return {
-        "score_name": score_name,
-        "score": {"mean": result.mean, "std": result.std},
-        "score_pool": scores.inception_score(probabilities, len(probabilities)).mean,
-        "n": result.n_used,
-        "dropped": result.dropped,
-        "split_size": result.split_size,
-        "extractor": name,
-    }
+    pool = scores.inception_score(probabilities, len(probabilities)).mean
+    if as_json:
+        said = {
+            "score_name": score_name,
+            "score": {"mean": result.mean, "std": result.std},
+            "score_pool": pool,
+            "n": result.n_used,
+            "dropped": result.dropped,
+            "split_size": result.split_size,
+            "extractor": name,
+        }
+        print(json.dumps(said, indent=2))
+        return
+    spread = "" if result.std is None else f" ± {result.std:.4f} between splits"
+    left = f", {result.dropped:,} left over" if result.dropped else ""
+    console.print(
+        f"{score_name} {result.mean:.4f}{spread}  (N {result.n_used:,}, split size {result.split_size:,}{left}; "
+        f"all {len(probabilities):,} as one pool {pool:.4f})"
+    )
 
 
 def _stored_probabilities(path: Path) -> np.ndarray | None:
@@ -192,10 +104,9 @@ def _stored_probabilities(path: Path) -> np.ndarray | None:
 def train(config: SearchConfig, out: Path, console: Console) -> None:
     """One training of `config.train`, in this process; goes on from the newest checkpoint in `out`."""
     from evaluation import reference
-    from search.prepare import choose_metric, preflight
+    from search.prepare import choose_metric, judge_of, preflight
     from search.watch import progress_bar
     from trainer import checkpoint, local, loop
-    from trainer.data_cache import cache_folder
     from trainer.storage import Storage
 
     folder = Storage(out)
@@ -204,17 +115,13 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error}; give a folder that can") from error
     found = checkpoint.latest(folder)
-    own = re.compile(r"checkpoint_\d{9}|events\.out\.tfevents\..*")  # of one that was cut before its first checkpoint
-    if found is None and not all(own.fullmatch(name) for name in folder.names()):
+    others = set(folder.names()) - set(checkpoint.names(folder))  # beside broken ones: it was cut before its first
+    if found is None and not all(name.startswith("events.out.tfevents.") for name in others):
         raise UserError(f"--out {out} is not empty and holds no training; give a new folder")
     if found is not None and found[1].config.learned() != config.train.learned():
         raise UserError(f"--out {out} holds a training of another configuration; give another --out")
     splits = preflight(config, console)
-    device = local.default_device()
-    try:
-        judge = reference.prepare(splits, config.final, cache_folder(), str(device), console.print)
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
+    judge = judge_of(config, splits, console, None)
     settings, metric = config.early_stopping, choose_metric(config, judge, console)
     done = f", from epoch {found[1].meta['epoch']}" if found else ""
     console.print(f"Training {config.train.schedule.label()} for {config.train.epochs} epochs{done}")
@@ -232,7 +139,7 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
                 splits.train,
                 folder,
                 folder,
-                device,
+                local.default_device(),
                 report,
                 score=reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric),
                 rungs=config.rung_epochs(),

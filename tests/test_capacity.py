@@ -3,7 +3,7 @@
 import pytest
 
 from cluster import capacity as cluster_capacity
-from cluster.capacity import Capacity, Node, NoRoomError, trials_per_gpu, with_room
+from cluster.capacity import Capacity, NoRoomError, Resources, trials_per_gpu, with_room
 from search.cluster_verbs import placement_lines
 from search.config import UserError
 
@@ -12,7 +12,7 @@ GIB = 2**30
 
 def capacity(*nodes: tuple[float, ...]) -> Capacity:
     """Of nodes of (cpus, gpus) or (cpus, gpus, bytes of memory)."""
-    return Capacity(tuple(Node(*node) for node in nodes))
+    return Capacity(tuple(Resources(*node) for node in nodes))
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_an_export_that_is_published_names_no_folder_of_its_maker_s(name, shown)
 
 def test_scores_of_other_weights_are_not_put_on_a_card():
     entry = {"rank": 1, "trial": "t0003-cosine"}
-    said = card({"weights": "ema"}, entry, raw=True)
+    said = card({"weights": "ema"}, entry, weights="raw")
     assert "the ranking is of the ema weights" in said
 
 

@@ -9,7 +9,7 @@ from trainer import checkpoint, model
 from trainer.checkpoint import Checkpoint
 from trainer.config import ModelConfig, TrainConfig
 from trainer.storage import Storage
-from trainer.upload import Uploader, checkpoint_name
+from trainer.upload import Uploader
 
 CONFIG = TrainConfig(model=ModelConfig(channels=(4, 8), attention=(False, True), attention_head_dim=8, norm_groups=2))
 
@@ -36,7 +36,7 @@ def test_a_checkpoint_comes_back_as_it_was(folder):
     found = checkpoint.load(folder.at("checkpoint_000000005"))
     assert found.config == CONFIG
     assert found.meta["step"] == 5
-    raw, averaged = found.denoiser(raw=True), found.denoiser()
+    raw, averaged = found.denoiser("raw"), found.denoiser()
     for ours, theirs in zip(averaged.parameters(), raw.parameters(), strict=True):
         assert torch.equal(ours, theirs + 1)
     assert not averaged.training
@@ -133,7 +133,7 @@ def test_those_of_another_configuration_are_not_kept_in_place_of_ours(folder):
         meta = {name: value for name, value in found.meta.items() if name != "sha256"}
         taken = Checkpoint(meta | {"step": step, "config": config, "metrics": {"rung": rung}}, found.state)
         if changes:
-            checkpoint.save(folder.at(checkpoint_name(step)), taken.state, taken.meta)
+            checkpoint.save(folder.at(checkpoint.name_of(step)), taken.state, taken.meta)
         else:
             with Uploader(folder) as uploader:
                 uploader.start(taken, then=lambda folder: None)

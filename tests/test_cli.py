@@ -16,7 +16,8 @@ import yaml
 from evaluation.config import FinalStageConfig
 from search import cli, lease, pipeline
 from search.config import SearchConfig, UserError, load
-from search.records import CONFIG, Records, Row
+from search.records import Records, Row
+from search.runs import CONFIG
 from trainer.storage import Storage
 
 COMMAND = Path(sys.executable).with_name("ddpm-search")

@@ -147,7 +147,7 @@ def test_damaged_export_is_refused_with_a_remedy(
 
 
 def test_raw_weights_are_exported_on_request(checkpoint: Checkpoint, tmp_path: Path):
-    export.export_pipeline(checkpoint, tmp_path / "raw", SAMPLER, "card", {}, raw=True)
+    export.export_pipeline(checkpoint, tmp_path / "raw", SAMPLER, "card", {}, weights="raw")
     loaded, *_ = export.load_export(tmp_path / "raw")
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, checkpoint.state["model"][name])

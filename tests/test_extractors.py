@@ -19,9 +19,10 @@ from torch_fidelity import calculate_metrics
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from evaluation import inception as inception_v3
-from evaluation.extractors import Classifier, cached_classifier, train_classifier
+from evaluation.classifier import Classifier, cached_classifier
 from evaluation.inception import Inception, inception_path
 from evaluation.scores import frechet_distance, inception_score
+from evaluation.train_classifier import train_classifier
 from trainer.storage import Storage
 
 

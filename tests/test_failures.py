@@ -21,7 +21,7 @@ from evaluation.rung import RungScorer
 from trainer import loop
 from trainer.config import TrainConfig
 from trainer.data import Images
-from trainer.failures import TooLittleMemoryError, Worker, WorkerFailedError, explained, failure_reason
+from trainer.failures import TooLittleMemoryError, Worker, WorkerFailedError, explained, failure_report
 
 pytestmark = pytest.mark.slow
 HANG_SECONDS = 3
@@ -45,7 +45,7 @@ def out_of_memory(_: int, folder: str) -> None:
             train(2048, micro_batch)
             break
         except loop.TrainingFailedError as error:
-            said.append(failure_reason(error))
+            said.append(failure_report(error)["failure"])
             found = re.search(r"set train.micro_batch to (\d+)", said[-1])
             assert found, said
             micro_batch = int(found[1])

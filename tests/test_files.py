@@ -10,6 +10,7 @@ from PIL import Image
 
 from evaluation.files import check_out, parquet_of, read_array, read_images, write_images
 from evaluation.scores import inception_score
+from trainer.datasets import IMAGE_SUFFIXES
 from trainer.decode import decode
 
 
@@ -25,6 +26,13 @@ def test_images_are_read_back_bit_for_bit_and_in_order(tmp_path, channels, out):
     again = read_images(tmp_path / out)
     assert again.dtype == np.uint8
     np.testing.assert_array_equal(again, images)
+
+
+def test_a_folder_s_files_are_those_that_training_reads(tmp_path):
+    (pixels,) = noise(1)
+    for suffix in IMAGE_SUFFIXES:
+        Image.fromarray(pixels).save(tmp_path / f"image{suffix}")
+    assert len(read_images(tmp_path)) == len(IMAGE_SUFFIXES)
 
 
 @pytest.mark.parametrize("layout", ["hugging face", "bytes"])

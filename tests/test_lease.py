@@ -1,5 +1,7 @@
 """A run has one driver; a dead one's run can be taken over."""
 
+import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -9,8 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from search import lease
-from search.config import UserError
+from cluster import connect
+from search import lease, pipeline
+from search.config import UserError, load
 from trainer.storage import Storage
 
 HOLD = """
@@ -128,3 +131,24 @@ def test_an_error_gives_the_lease_back(tmp_path):
     with pytest.raises(ZeroDivisionError), lease.held(Storage(tmp_path)):
         raise ZeroDivisionError
     assert not Storage(tmp_path).exists(lease.FILE)
+
+
+def test_the_report_that_evaluate_writes_is_written_under_the_lease_and_a_full_disk_there_is_said(
+    tmp_path, monkeypatch
+):
+    run, taken = Storage(tmp_path / "mine"), []
+
+    def finish(*_) -> None:
+        taken.append(run.exists(lease.FILE))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    local = connect.Connection(dashboard="", local=True)
+    monkeypatch.setattr(pipeline.connect, "connected", lambda _: contextlib.nullcontext(local))
+    monkeypatch.setattr(pipeline, "_with_room", lambda *_: None)
+    monkeypatch.setattr(pipeline, "_prepare", lambda config, *_: (config, object(), None, None))
+    monkeypatch.setattr(pipeline, "evaluate", lambda *_: None)
+    monkeypatch.setattr(pipeline, "finish", finish)
+    config = load("digits")
+    with pytest.raises(UserError, match="no room is left"):
+        pipeline.evaluate_again(config, config.final, run, None, "local", None)
+    assert taken == [True]

@@ -12,12 +12,14 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from rich.console import Console
 
-from evaluation import extractors, pictures, sampling, stage
-from evaluation.extractors import Classifier, ClassifierNet
-from evaluation.stage import Candidate, ShardWorker
+from evaluation import pictures, ranking_file, sampling
+from evaluation.classifier import Classifier, ClassifierNet, cached_classifier
+from evaluation.shards import Candidate, is_done, kept_images, shards_of
+from evaluation.stage import ShardWorker
 from search import outcome, prepare
 from search.config import SearchConfig, UserError, load
-from search.records import CONFIG, RANKING, Records
+from search.records import Records
+from search.runs import CONFIG, RANKING
 from trainer import checkpoint, data, model
 from trainer.storage import Storage
 
@@ -38,7 +40,7 @@ def a_judge_in(cache: Path, config: SearchConfig, seed: int) -> None:
         torch.nn.init.normal_(net.head.weight, std=3.0)
         return Classifier(net, classes=10, channels=1, image_size=8, accuracy=0.1, held_out=60, seed=seed)
 
-    extractors.cached_classifier(cache, data.load(config.train.data).key(), make)
+    cached_classifier(cache, data.load(config.train.data).key(), make)
 
 
 @pytest.fixture
@@ -61,9 +63,9 @@ def finished(tmp_path: Path, row, rung, monkeypatch) -> tuple[SearchConfig, Stor
     assert judge is not None
     candidate = Candidate("t0000-cosine", str(records["t0000-cosine"].checkpoint))
     worker = ShardWorker(run, config.final, "cpu")
-    for shard in stage._shards(run, candidate, config.final, judge):
+    for shard in shards_of(run, candidate, config.final, judge):
         assert worker.work(shard, judge.extractor) is None
-    ranked = stage.ranking(run, [candidate], config.final, judge, {})
+    ranked = ranking_file.ranking(run, [candidate], config.final, judge, {})
     for entry in ranked["trials"]:
         entry |= records[entry["trial"]].params() | {"checkpoint": candidate.checkpoint}
     run.write_json(RANKING, ranked)
@@ -83,7 +85,7 @@ def test_a_run_keeps_its_judge_on_a_machine_whose_cache_has_another(finished, tm
     assert without is not None
     assert after.key == before.key != without.key
     candidate = Candidate("t0000-cosine", "train/t0000-cosine/checkpoint_000000001")
-    assert all(stage._is_done(run, shard, config.final) for shard in stage._shards(run, candidate, config.final, after))
+    assert all(is_done(run, shard, config.final) for shard in shards_of(run, candidate, config.final, after))
     outcome.report_again(run.uri, QUIET)
     page = run.read(outcome.REPORT).decode()
     assert "<br>score " in page  # the caption of a ranked trial's images
@@ -102,7 +104,7 @@ def test_finishing_a_scored_run_samples_nothing(finished, monkeypatch):
     with Image.open(Path(run.root, "samples.png")) as picture:
         shown = np.asarray(picture)
     candidate = Candidate("t0000-cosine", "train/t0000-cosine/checkpoint_000000001")
-    drawn = stage.kept_images(run, candidate, run.read_json(RANKING))
+    drawn = kept_images(run, candidate, run.read_json(RANKING))
     assert len(drawn) == 50
     np.testing.assert_array_equal(shown, pictures.image_grid(drawn)[..., 0])
 
@@ -174,7 +176,7 @@ def test_a_report_of_a_damaged_checkpoint_is_drawn_and_names_the_trial(finished)
     for content in (b"", b"{}", b"[1]", b"\xff"):
         run.write(f"{place}/checkpoint.json", content)
         with pytest.raises(FileNotFoundError, match=f"checkpoint {place} cannot be read"):
-            stage.kept_images(run, Candidate("t0000-cosine", place), run.read_json(RANKING))
+            kept_images(run, Candidate("t0000-cosine", place), run.read_json(RANKING))
     run.delete(f"{place}/checkpoint.json")
     outcome.report_again(run.uri, QUIET)
     page = run.read(outcome.REPORT).decode()

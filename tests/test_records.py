@@ -15,7 +15,8 @@ import yaml
 
 from search import records as trials_table
 from search.config import UserError, load
-from search.records import CONFIG, FILE, SMALL, Records, open_run, read_run, storage_at
+from search.records import FILE, SMALL, Records
+from search.runs import CONFIG, open_run, read_run, storage_at
 from trainer.storage import Storage
 
 # DESIGN.md, section 6; `source` is ours: which rows are known points, so that a resumed search tries none twice.

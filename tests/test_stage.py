@@ -1,4 +1,4 @@
-"""Laws of evaluation/stage.py: what a shard depends on, what is kept, and what a killed worker costs."""
+"""Laws of the final stage: what a shard depends on, what is kept, what is ranked, and what a killed worker costs."""
 
 import io
 import os
@@ -17,13 +17,15 @@ import psutil
 import pytest
 import ray
 import torch
+from scipy import stats
 
-from evaluation import extractors, files, reference, scores, stage
+from evaluation import files, ranking_file, reference, scores, stage
+from evaluation.classifier import Classifier, ClassifierNet, cached_classifier
 from evaluation.config import FinalStageConfig, SamplerConfig
-from evaluation.extractors import Classifier, ClassifierNet
 from evaluation.reference import Reference
 from evaluation.scores import FeatureStatistics
-from evaluation.stage import Candidate, ShardWorker
+from evaluation.shards import Candidate, extraction_of, is_done, kept_images, results, shards_of
+from evaluation.stage import ShardWorker
 from trainer import checkpoint, data, model
 from trainer.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig
 from trainer.failures import TooLittleMemoryError
@@ -89,8 +91,8 @@ def draw_here(run: Storage, candidates: list[Candidate], config: FinalStageConfi
     reasons = {}
     worker = ShardWorker(run, config, "cpu")
     for candidate in candidates:
-        for shard in stage._shards(run, candidate, config, judge):
-            if not stage._is_done(run, shard, config) and (reason := worker.work(shard, judge.extractor)):
+        for shard in shards_of(run, candidate, config, judge):
+            if not is_done(run, shard, config) and (reason := worker.work(shard, judge.extractor)):
                 reasons[candidate.trial] = reason
     return reasons
 
@@ -98,7 +100,7 @@ def draw_here(run: Storage, candidates: list[Candidate], config: FinalStageConfi
 def test_a_shard_depends_on_checkpoint_sampler_weights_and_the_judges_own_weights(run, judge):
     a, b = train(run, "a", 0), train(run, "b", 1)
     paths = {
-        stage._shards(run, candidate, config, of)[0].path.split("/")[2]
+        shards_of(run, candidate, config, of)[0].path.split("/")[2]
         for candidate, config, of in (
             (a, CONFIG, judge),
             (b, CONFIG, judge),
@@ -109,7 +111,7 @@ def test_a_shard_depends_on_checkpoint_sampler_weights_and_the_judges_own_weight
     }
     assert len(paths) == 5
     same = CONFIG.model_copy(update={"images": 30, "split_size": 10, "keep_images": True, "top": 1})
-    assert stage._shards(run, a, same, judged_by(classifier(0)))[0] == stage._shards(run, a, CONFIG, judge)[0]
+    assert shards_of(run, a, same, judged_by(classifier(0)))[0] == shards_of(run, a, CONFIG, judge)[0]
 
 
 def test_a_reference_of_other_classifier_weights_has_another_key(tmp_path):
@@ -117,7 +119,7 @@ def test_a_reference_of_other_classifier_weights_has_another_key(tmp_path):
     splits = data.load(DataConfig(subset=120, train_fraction=0.5))
     keys = []
     for name, seed in (("a", 0), ("b", 1), ("a", 2)):  # what is cached already is not made again
-        extractors.cached_classifier(tmp_path / name, splits.key(), lambda seed=seed: classifier(seed))
+        cached_classifier(tmp_path / name, splits.key(), lambda seed=seed: classifier(seed))
         found = reference.prepare(splits, CONFIG, tmp_path / name, "cpu", lambda what: None)
         assert found is not None
         keys.append(found.key)
@@ -133,7 +135,7 @@ def test_raw_weights_draw_other_images_than_the_ema(run, judge):
     for config in (CONFIG, raw):
         draw_here(run, [candidate], config, judge)
     shown = [
-        stage.kept_images(run, candidate, stage.ranking(run, [candidate], config, judge, {}))
+        kept_images(run, candidate, ranking_file.ranking(run, [candidate], config, judge, {}))
         for config in (CONFIG, raw)
     ]
     assert (shown[0] != shown[1]).any()
@@ -145,7 +147,7 @@ def test_a_ranking_with_another_sampler_or_weights_mixes_no_shards_with_the_firs
 
     def ranked_with(at: Storage, config: FinalStageConfig) -> dict[str, Any]:
         assert draw_here(at, candidates, config, judge) == {}
-        return stage.ranking(at, candidates, config, judge, {})
+        return ranking_file.ranking(at, candidates, config, judge, {})
 
     first = ranked_with(run, CONFIG)
     left = {path: path.read_bytes() for path in Path(run.root, "evaluation").rglob("*.npz")}
@@ -169,16 +171,16 @@ def test_a_ranking_with_another_sampler_or_weights_mixes_no_shards_with_the_firs
 def test_kept_images_are_what_was_scored_and_score_reads_them(run, judge):
     candidate = train(run, "a", 0)
     draw_here(run, [candidate], CONFIG, judge)
-    before = stage._read(run, candidate, CONFIG, judge)
+    before = extraction_of(run, candidate, CONFIG, judge)
     keeping = CONFIG.model_copy(update={"keep_images": True})
-    shards = stage._shards(run, candidate, keeping, judge)
-    assert [stage._is_done(run, shard, CONFIG) for shard in shards] == [True] * 2
-    assert [stage._is_done(run, shard, keeping) for shard in shards] == [False] * 2  # the images are still missing
+    shards = shards_of(run, candidate, keeping, judge)
+    assert [is_done(run, shard, CONFIG) for shard in shards] == [True] * 2
+    assert [is_done(run, shard, keeping) for shard in shards] == [False] * 2  # the images are still missing
     draw_here(run, [candidate], keeping, judge)
     images = files.read_images(Path(run.root, shards[0].images).parent)
     assert images.shape == (50, 8, 8, 1)
-    ranked = stage.ranking(run, [candidate], keeping, judge, {})
-    np.testing.assert_array_equal(images, stage.kept_images(run, candidate, ranked))
+    ranked = ranking_file.ranking(run, [candidate], keeping, judge, {})
+    np.testing.assert_array_equal(images, kept_images(run, candidate, ranked))
     after = judge.extractor.extract(images)
     np.testing.assert_allclose(after.probabilities, before.probabilities, rtol=1e-5)  # of other batch sizes
     np.testing.assert_allclose(after.features, before.features, rtol=1e-5, atol=1e-6)
@@ -187,8 +189,8 @@ def test_kept_images_are_what_was_scored_and_score_reads_them(run, judge):
 def test_a_shard_that_is_cut_or_damaged_counts_as_absent_and_is_drawn_again(run, judge):
     candidate = train(run, "a", 0)
     draw_here(run, [candidate], CONFIG, judge)
-    ranked = stage.ranking(run, [candidate], CONFIG, judge, {})
-    first, second = stage._shards(run, candidate, CONFIG, judge)
+    ranked = ranking_file.ranking(run, [candidate], CONFIG, judge, {})
+    first, second = shards_of(run, candidate, CONFIG, judge)
     whole = run.read(first.path)
     rng = np.random.default_rng(0)
     damaged = [whole[:end] for end in (0, 2, 100, len(whole) - 1)]
@@ -199,24 +201,24 @@ def test_a_shard_that_is_cut_or_damaged_counts_as_absent_and_is_drawn_again(run,
     noticed = 0
     for content in damaged:
         run.write(first.path, content)
-        if stage._is_done(run, first, CONFIG):  # the byte says nothing, such as a date
-            assert stage.ranking(run, [candidate], CONFIG, judge, {}) == ranked
+        if is_done(run, first, CONFIG):  # the byte says nothing, such as a date
+            assert ranking_file.ranking(run, [candidate], CONFIG, judge, {}) == ranked
         else:
             noticed += 1
             with pytest.raises(FileNotFoundError, match=first.path):
-                stage.kept_images(run, candidate, ranked)
+                kept_images(run, candidate, ranked)
     assert noticed > 50
     run.write(first.path, whole[:100])
     before = written(run, second.path)
     assert draw_here(run, [candidate], CONFIG, judge) == {}
-    assert stage.ranking(run, [candidate], CONFIG, judge, {}) == ranked
+    assert ranking_file.ranking(run, [candidate], CONFIG, judge, {}) == ranked
     assert written(run, second.path) == before
 
 
 def test_kept_images_that_are_cut_or_damaged_are_drawn_again(run, judge):
     candidate, keeping = train(run, "a", 0), CONFIG.model_copy(update={"keep_images": True})
     draw_here(run, [candidate], keeping, judge)
-    first, _ = stage._shards(run, candidate, keeping, judge)
+    first, _ = shards_of(run, candidate, keeping, judge)
     whole = run.read(first.images)
     rng = np.random.default_rng(0)
     flipped = [bytearray(whole) for _ in range(60)]
@@ -226,9 +228,9 @@ def test_kept_images_that_are_cut_or_damaged_are_drawn_again(run, judge):
     noticed = 0
     for content in (*cut, *map(bytes, flipped)):
         run.write(first.images, content)
-        if stage._is_done(run, first, keeping):  # the byte says nothing, such as a version
+        if is_done(run, first, keeping):  # the byte says nothing, such as a version
             images = files.read_images(Path(run.root, first.images))
-            assert all((a == b).all() for a, b in zip(images, stage._results(run, first)["images"], strict=False))
+            assert all((a == b).all() for a, b in zip(images, results(run, first)["images"], strict=False))
         else:
             noticed += 1
     assert noticed > 40
@@ -240,7 +242,7 @@ def test_kept_images_that_are_cut_or_damaged_are_drawn_again(run, judge):
 def test_too_little_memory_for_a_block_asks_for_a_smaller_one_wherever_it_is_met(run, judge):
     candidate = train(run, "a", 0)
     config = CONFIG.model_copy(update={"sampler": SamplerConfig(steps=2, block_size=2**51)})
-    (shard,) = stage._shards(run, candidate, config, judge)
+    (shard,) = shards_of(run, candidate, config, judge)
     with pytest.raises(
         TooLittleMemoryError, match=rf"final.sampler.block_size to {2**50} in {run.uri}/config.yaml"
     ) as e:
@@ -257,16 +259,16 @@ def test_a_ranking_of_fewer_images_shows_them_as_they_were_ranked(run, judge):
     for count in (50, 30):
         config = CONFIG.model_copy(update={"images": count})
         draw_here(run, [candidate], config, judge)
-        ranked = stage.ranking(run, [candidate], config, judge, {})
+        ranked = ranking_file.ranking(run, [candidate], config, judge, {})
         assert ranked["images"] == count
-        assert len(stage.kept_images(run, candidate, ranked)) == count
+        assert len(kept_images(run, candidate, ranked)) == count
     assert (ranked["split_size"], ranked["dropped"]) == (20, 10)
 
 
 def test_a_ranking_says_what_its_numbers_are_and_agrees_with_the_scores(run, judge):
     candidates = [train(run, "a", 0), train(run, "b", 1)]
     draw_here(run, candidates, CONFIG, judge)
-    ranked = stage.ranking(run, candidates, CONFIG, judge, {"lost": "the loss was not finite"})
+    ranked = ranking_file.ranking(run, candidates, CONFIG, judge, {"lost": "the loss was not finite"})
     assert ranked["extractor"] == "classifier"
     assert (ranked["images"], ranked["split_size"], ranked["dropped"], ranked["steps"]) == (50, 20, 10, 2)
     assert (ranked["seed"], ranked["weights"], ranked["real_images"]) == (0, "ema", 60)
@@ -274,14 +276,15 @@ def test_a_ranking_says_what_its_numbers_are_and_agrees_with_the_scores(run, jud
     assert [row["trial"] for row in ranked["trials"]][2] == "lost"
     assert ranked["trials"][2]["reason"] == "the loss was not finite"
     for row, candidate in ((row, c) for row in ranked["trials"] for c in candidates if c.trial == row["trial"]):
-        judged = stage._read(run, candidate, CONFIG, judge)
+        judged = extraction_of(run, candidate, CONFIG, judge)
         assert row["score"]["mean"] == pytest.approx(scores.inception_score(judged.probabilities, 20).mean)
         assert row["frechet"]["value"] == pytest.approx(scores.frechet_distance(judged.features, judge.train))
         held_out = scores.frechet_distance(judged.features, judge.held_out.features)
         assert row["frechet_held_out"]["value"] == pytest.approx(held_out)
-        kid = scores.kid(judged.features, judge.train_features)
-        assert row["kid"]["value"] == pytest.approx(kid.value)
-        assert row["kid"]["ci"] == pytest.approx(kid.ci)
+        kid, influence = scores.kid_influence(judged.features, judge.train_features)
+        half = stats.norm.ppf(0.975) * np.linalg.norm(influence)
+        assert row["kid"]["value"] == pytest.approx(kid)
+        assert row["kid"]["ci"] == pytest.approx((kid - half, kid + half))
         shares = scores.precision_recall(judged.features, judge.train_features)
         assert (row["precision"], row["recall"]) == shares
         assert row["score_pool"] == pytest.approx(scores.inception_score(judged.probabilities, 50).mean)
@@ -289,7 +292,7 @@ def test_a_ranking_says_what_its_numbers_are_and_agrees_with_the_scores(run, jud
         assert (same["n"], same["dropped"]) == (ranked["real"]["n"], ranked["real"]["dropped"]) == (30, 10)
         shares = scores.precision_recall(judged.features[:30], judge.train_features)
         assert (same["precision"], same["recall"]) == shares
-    whole = stage.ranking(run, candidates, CONFIG.model_copy(update={"images": 25, "split_size": 25}), judge, {})
+    whole = ranking_file.ranking(run, candidates, CONFIG.model_copy(update={"images": 25, "split_size": 25}), judge, {})
     assert whole["trials"][0]["at_real_n"]["recall"] == whole["trials"][0]["recall"]
 
 
@@ -297,17 +300,17 @@ def test_a_ranking_says_how_many_steps_were_taken_where_the_schedule_has_fewer_t
     candidate = train(run, "a", 0)  # T = 20
     asked = CONFIG.model_copy(update={"sampler": CONFIG.sampler.model_copy(update={"steps": 1000})})
     draw_here(run, [candidate], asked, judge)
-    ranked = stage.ranking(run, [candidate], asked, judge, {"lost": "it diverged"})
+    ranked = ranking_file.ranking(run, [candidate], asked, judge, {"lost": "it diverged"})
     assert ranked["sampler"]["steps"] == 1000  # the setting, by which shards are found
     assert [ranked["steps"], *(row["steps"] for row in ranked["trials"])] == [20, 20, None]
-    assert len(stage.kept_images(run, candidate, ranked)) == 50
+    assert len(kept_images(run, candidate, ranked)) == 50
 
 
 def test_fewer_images_than_a_split_are_one_split_that_says_its_size(run, judge):
     config = CONFIG.model_copy(update={"split_size": 5000})
     candidate = train(run, "a", 0)
     draw_here(run, [candidate], config, judge)
-    ranked = stage.ranking(run, [candidate], config, judge, {})
+    ranked = ranking_file.ranking(run, [candidate], config, judge, {})
     assert (ranked["split_size"], ranked["dropped"]) == (50, 0)
     assert ranked["trials"][0]["score"]["std"] is None
 
@@ -318,12 +321,12 @@ def test_a_confirmed_row_is_the_mean_of_its_new_seeds_and_lists_every_seed(run, 
     candidates += [train(run, f"b-seed{i}", 50 + i, repeats="b") for i in (1, 2, 3)]
     draw_here(run, candidates, CONFIG, judge)
     notes = {"b-seed3": "failed"}
-    ranked = stage.ranking(run, candidates, CONFIG, judge, notes)
+    ranked = ranking_file.ranking(run, candidates, CONFIG, judge, notes)
     first, second = ranked["trials"]
     assert (first["trial"], first["confirmed"], first["seeds"]) == ("b", True, ["b-seed1", "b-seed2"])
     assert [seed["trial"] for seed in first["by_seed"]] == ["b", "b-seed1", "b-seed2", "b-seed3"]
     assert first["by_seed"].pop() == {"n": 0, "score": None, "frechet": None, "trial": "b-seed3", "reason": "failed"}
-    drawn = [stage._read(run, candidate, CONFIG, judge).features for candidate in candidates[2:4]]
+    drawn = [extraction_of(run, candidate, CONFIG, judge).features for candidate in candidates[2:4]]
     shares = np.mean([scores.precision_recall(features, judge.train_features) for features in drawn], axis=0)
     assert (first["precision"], first["recall"]) == pytest.approx(tuple(shares))
     assert first["score"]["mean"] == pytest.approx(np.mean([seed["score"] for seed in first["by_seed"][1:]]))
@@ -336,7 +339,7 @@ def test_a_model_whose_images_are_not_finite_is_listed_last_with_its_reason(run,
     reasons = draw_here(run, candidates, CONFIG, judge)
     assert list(reasons) == ["broken"]
     assert "the model has diverged" in reasons["broken"]
-    ranked = stage.ranking(run, candidates, CONFIG, judge, reasons)
+    ranked = ranking_file.ranking(run, candidates, CONFIG, judge, reasons)
     assert [(row["trial"], row["rank"]) for row in ranked["trials"]] == [("good", 1), ("broken", None)]
 
 
@@ -384,7 +387,7 @@ def until(condition: Callable[[], bool], thread: threading.Thread, seconds: floa
 def test_a_killed_actor_costs_the_shards_in_flight_and_a_diverged_model_only_itself(run, judge, local_ray):
     config = CONFIG.model_copy(update={"images": 1000, "sampler": SamplerConfig(steps=20, block_size=10)})
     candidates = [train(run, "broken", 0, broken=True), train(run, "good", 1)]
-    shards = stage._shards(run, candidates[1], config, judge)
+    shards = shards_of(run, candidates[1], config, judge)
     done: list[tuple[int, int]] = []
     reasons: list[dict[str, str]] = []
 
@@ -430,7 +433,7 @@ def test_a_worker_that_has_lost_its_place_gets_that_of_one_with_nothing_to_do(ru
 
     config = CONFIG.model_copy(update={"images": 600, "sampler": SamplerConfig(steps=20, block_size=10)})
     candidate = train(run, "good", 1)
-    shards = stage._shards(run, candidate, config, judge)
+    shards = shards_of(run, candidate, config, judge)
     reasons: list[dict[str, str]] = []
     thread = threading.Thread(target=lambda: reasons.append(stage.draw(run, [candidate], config, judge, 2, False)))
     thread.start()

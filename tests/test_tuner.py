@@ -7,7 +7,7 @@ from optuna.storages import InMemoryStorage
 from ray.tune.search import ConcurrencyLimiter
 from rich.console import Console
 
-from cluster.capacity import Capacity, Node, Placement
+from cluster.capacity import Capacity, Placement, Resources
 from search import budget
 from search.config import BudgetConfig, load
 from search.interrupt import Interrupt
@@ -21,7 +21,7 @@ def said():
     return Console(file=io.StringIO(), width=200)
 
 
-HEAD, GPUS = Node(16, 0), Node(16, 4)
+HEAD, GPUS = Resources(16, 0), Resources(16, 4)
 NONE_LEFT, GROWN = Capacity((HEAD,)), Capacity((HEAD, GPUS, GPUS))
 OF_A_GPU = Capacity((HEAD, GPUS)).worker()
 

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from evaluation.report_words import label
-from search import cli, watch
+from search import cli, tables, watch
 from search.records import Records
 from trainer.storage import Storage
 
@@ -43,16 +43,16 @@ def keys(rows) -> list[str]:
 
 def test_the_best_come_first_by_how_far_they_came_and_then_by_value(rows):
     by_distance = ["t0003", "t0001", "t0007", "t0002", "t0000", "t0004", "t0006", "t0005"]
-    assert keys(watch.in_order(rows, "frechet")) == by_distance
-    assert keys(watch.in_order(rows[::-1], "frechet")) == by_distance
-    assert keys(watch.in_order(rows, "grid_loss"))[:3] == ["t0003", "t0001", "t0007"]
-    assert keys(watch.in_order(rows, "score"))[:3] == ["t0003", "t0001", "t0007"]  # a higher score is better
+    assert keys(tables.in_order(rows, "frechet")) == by_distance
+    assert keys(tables.in_order(rows[::-1], "frechet")) == by_distance
+    assert keys(tables.in_order(rows, "grid_loss"))[:3] == ["t0003", "t0001", "t0007"]
+    assert keys(tables.in_order(rows, "score"))[:3] == ["t0003", "t0001", "t0007"]  # a higher score is better
 
 
 @pytest.mark.parametrize("metric", ["frechet", "score", "grid_loss"])
 @pytest.mark.parametrize("width", [80, 100, 120, 160])
 def test_of_the_trials_nothing_is_cut(rows, metric, width):
-    text = rendered(watch.trials_table(rows, metric, 100), width)
+    text = rendered(tables.trials_table(rows, metric, 100), width)
     assert "…" not in text
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
@@ -65,7 +65,7 @@ def test_of_the_trials_nothing_is_cut(rows, metric, width):
 
 
 def test_a_narrow_table_has_no_reasons_and_a_wide_one_has_every_column(rows):
-    narrow, wide = (rendered(watch.trials_table(rows, "frechet", 100), width) for width in (80, 160))
+    narrow, wide = (rendered(tables.trials_table(rows, "frechet", 100), width) for width in (80, 160))
     assert len(narrow.splitlines()) == len(rows) + 1
     assert "was 4 of 5 so far" not in narrow
     header = wide.splitlines()[0].split()
@@ -77,9 +77,9 @@ def test_a_narrow_table_has_no_reasons_and_a_wide_one_has_every_column(rows):
 
 def test_further_settings_have_a_column_where_there_are_any(rows, row):
     varied = [*rows, row("t0008-linear", settings={"batch_size": 32, "model.channels": [16, 32]})]
-    text = rendered(watch.trials_table(varied, "frechet", 100), 200)
+    text = rendered(tables.trials_table(varied, "frechet", 100), 200)
     assert "batch_size 32, model.channels [16, 32]" in text
-    assert "settings" not in rendered(watch.trials_table(rows, "frechet", 100), 200)
+    assert "settings" not in rendered(tables.trials_table(rows, "frechet", 100), 200)
 
 
 @pytest.mark.parametrize("base", ["alpha_bar", "beta"])
@@ -95,8 +95,8 @@ def test_two_readings_of_one_schedule_never_look_alike(tmp_path, row, base):
         view.records.update(trial, state="completed")
     view.changed()
     for text in (
-        rendered(watch.trials_table(rows, "frechet", 100, space=base), 160),
-        rendered(watch.ranking_table(ranking, base), 160),
+        rendered(tables.trials_table(rows, "frechet", 100, space=base), 160),
+        rendered(tables.ranking_table(ranking, base), 160),
         rendered(view, 160),
         view.console.file.getvalue(),  # type: ignore[attr-defined]
     ):
@@ -105,7 +105,7 @@ def test_two_readings_of_one_schedule_never_look_alike(tmp_path, row, base):
 
 
 def test_the_live_table_says_how_many_more_there_are(rows):
-    lines = rendered(watch.trials_table(rows, "frechet", 100, limit=3), 80).splitlines()
+    lines = rendered(tables.trials_table(rows, "frechet", 100, limit=3), 80).splitlines()
     assert [line[:5] for line in lines[1:4]] == ["t0003", "t0001", "t0007"]
     assert lines[4].strip() == "+ 5 more"
 
@@ -193,7 +193,7 @@ def ranking():
 
 @pytest.mark.parametrize("width", [80, 100, 120, 160])
 def test_of_the_ranking_nothing_is_cut(ranking, width):
-    text = rendered(watch.ranking_table(ranking), width)
+    text = rendered(tables.ranking_table(ranking), width)
     lines = text.splitlines()
     assert "…" not in text
     assert max(map(len, lines)) <= width
@@ -212,7 +212,7 @@ def test_of_the_ranking_nothing_is_cut(ranking, width):
 
 
 def test_a_wide_ranking_shows_intervals_ties_and_why_a_trial_has_no_score(ranking):
-    text = rendered(watch.ranking_table(ranking), 220)
+    text = rendered(tables.ranking_table(ranking), 220)
     (first,) = (line for line in text.splitlines() if "t0001-polynomial" in line)
     values = ("8.743–9.040", "1200.50–1300.50", "0.86", "2.0e-03", "0.121 ±0.200")
     for part in (*values, "t0002-sigmoid, t0003-cosine, t0004-cosine"):
@@ -229,7 +229,7 @@ def test_a_progress_bar_shows_in_a_terminal_before_anything_is_known():
 
 
 def test_reasons_of_trials_that_are_not_ranked_are_told_whatever_the_width(row):
-    told = [text.plain for text in watch.reasons([row("t0001-linear", state="screened", reason="prior KL is 0.6")])]
+    told = [text.plain for text in tables.reasons([row("t0001-linear", state="screened", reason="prior KL is 0.6")])]
     assert told == ["t0001-linear screened: prior KL is 0.6"]
 
 
@@ -255,4 +255,4 @@ def test_the_notes_say_of_what_the_intervals_speak(ranking, confirmed, said):
     for row in ranking["trials"][:confirmed]:
         row["confirmed"] = True
     ranking |= {"split_size": 1000, "extractor": "inception", "sampler": {"name": "ddpm"}}
-    assert said in watch.ranking_notes(ranking)
+    assert said in tables.ranking_notes(ranking)

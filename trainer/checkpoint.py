@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from trainer import model as unet
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, Weights
 from trainer.storage import Storage
 
 FORMAT = 2
@@ -37,12 +37,12 @@ class Checkpoint:
     def config(self) -> TrainConfig:
         return TrainConfig.model_validate(self.meta["config"])
 
-    def denoiser(self, raw: bool = False) -> nn.Module:
+    def denoiser(self, weights: Weights = "ema") -> nn.Module:
         """The U-Net in eval mode with its best EMA's weights, or those that were trained, on the CPU."""
         config = self.config
-        weights = self.state["model"] if raw else self.state["ema"][str(self.meta["ema_decay"])]
+        state = self.state["model"] if weights == "raw" else self.state["ema"][str(self.meta["ema_decay"])]
         network = unet.build(config.model, tuple(self.meta["image_shape"]), config.dropout, seed=0)
-        network.load_state_dict(weights)
+        network.load_state_dict(state)
         return network.eval().requires_grad_(False)
 
 
@@ -77,8 +77,13 @@ def _digest(described: dict[str, Any], content: bytes) -> str:
     return hashlib.sha256(canonical + content).hexdigest()
 
 
+def name_of(step: int) -> str:
+    """A checkpoint's folder: one that is trained again after a crash overwrites its own."""
+    return f"checkpoint_{step:09d}"
+
+
 def names(storage: Storage) -> list[str]:
-    """The folders checkpoint_<step>, oldest first (Ray Train keeps a checkpoint_manager_snapshot.json beside them)."""
+    """The folders of `name_of`, oldest first (Ray Train keeps a checkpoint_manager_snapshot.json beside them)."""
     return [name for name in storage.names() if re.fullmatch(r"checkpoint_\d{9}", name)]
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import numpy as np
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -18,6 +19,9 @@ from trainer import schedules
 
 SEEDS = 2**32  # how many there are: 0 and up, as NumPy and Optuna take them
 Seed = Annotated[int, Field(ge=0, lt=SEEDS)]
+
+
+Weights = Literal["ema", "raw"]  # of a checkpoint: the moving average's, or those that were trained
 
 
 class Config(BaseModel):
@@ -54,6 +58,10 @@ class ScheduleConfig(Config):
     def _keeps_the_laws(self) -> "ScheduleConfig":
         schedules.check(**self.model_dump())
         return self
+
+    def betas(self) -> np.ndarray:
+        """(T,) float64, what everything else is made of: see `schedules.betas`."""
+        return schedules.betas(**self.model_dump())
 
     def label(self) -> str:
         """Short name for tables, such as cosine(0, 1, tau 1)."""

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -10,13 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer import data_cache, datasets, published
+from trainer import data_cache, datasets, parquet, published
 from trainer.config import DataConfig
 from trainer.ingest import Progress, decode_all
 
 if TYPE_CHECKING:
     import torch  # batches alone need it, and what only looks at images need not wait for it
 
+# What data.name may be with a path behind it.
+AT_A_PATH: dict[str, Callable[[Path, DataConfig], datasets.Source]] = {
+    "parquet": parquet.find,
+    "folder": datasets.folder,
+}
 CACHE_VERSION = 3  # raised whenever the same files and settings come to give other pixels or splits, or are refused
 
 
@@ -111,10 +117,10 @@ def _find(config: DataConfig) -> datasets.Source:
         return datasets.Source([], datasets.digits, config.image_size)
     if config.name in published.PUBLISHED:
         return published.find(config)
-    if kind in datasets.AT_A_PATH and path:
-        return datasets.AT_A_PATH[kind](Path(path).expanduser(), config)
+    if kind in AT_A_PATH and path:
+        return AT_A_PATH[kind](Path(path).expanduser(), config)
     names = ", ".join(("digits", *published.PUBLISHED))
-    places = " or ".join(f"{kind}:PATH" for kind in datasets.AT_A_PATH)
+    places = " or ".join(f"{kind}:PATH" for kind in AT_A_PATH)
     raise ValueError(f"data.name must be one of {names}, {places}, but got {config.name!r}")
 
 

@@ -34,15 +34,11 @@ class TooLittleMemoryError(WorkerFailedError):
     """This worker would meet it again."""
 
 
-def failure_reason(error: Exception) -> str:
-    """An error as the trials table says it."""
-    return str(error) if isinstance(error, TrainingFailedError) else f"{type(error).__name__}: {error}"
-
-
 def failure_report(error: Exception) -> dict[str, Any]:
     """What a trial reports in place of metrics: {failure, worker_seconds, rung}."""
-    seconds = error.worker_seconds if isinstance(error, TrainingFailedError) else 0.0
-    return {"failure": failure_reason(error), "worker_seconds": seconds, "rung": True}
+    if isinstance(error, TrainingFailedError):
+        return {"failure": str(error), "worker_seconds": error.worker_seconds, "rung": True}
+    return {"failure": f"{type(error).__name__}: {error}", "worker_seconds": 0.0, "rung": True}
 
 
 @contextlib.contextmanager

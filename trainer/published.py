@@ -13,11 +13,15 @@ from trainer.datasets import Listing, Source, of_arrays, of_files
 
 @dataclass(frozen=True)
 class Published:
-    """`needs`: what must lie in the root; `fetch`: where to get it by hand; `open(root, download)`."""
+    """`needs`: what must lie in the root; `fetch`: where to get it by hand; `open(root, download)`.
+
+    `licence`: what those who publish it say of its use.
+    """
 
     needs: tuple[str, ...]
     fetch: str
     open: Callable[[Path, bool], Listing]
+    licence: str
     image_size: int | None = None
     crop_bottom: int = 0
 
@@ -114,6 +118,7 @@ PUBLISHED = {
         ),
         "https://ossci-datasets.s3.amazonaws.com/mnist/ (four .gz files, unpacked)",
         _mnist,
+        "CC BY-SA 3.0, as commonly stated",
         image_size=32,
     ),
     "cifar10": Published(
@@ -123,11 +128,13 @@ PUBLISHED = {
         ),
         "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz (unpacked)",
         _cifar10,
+        "none stated by its authors",
     ),
     "fgvc-aircraft": Published(
         tuple(f"fgvc-aircraft-2013b/data/{name}" for name in ("images_variant_trainval.txt", "variants.txt", "images")),
         "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/fgvc-aircraft-2013b.tar.gz (unpacked)",
         _aircraft,
+        "non-commercial research only; the photographers keep their copyright",
         image_size=64,
         crop_bottom=20,  # a banner with the copyright; the data set's own README says to remove it
     ),
@@ -135,6 +142,7 @@ PUBLISHED = {
         ("flowers-102/imagelabels.mat", "flowers-102/setid.mat", "flowers-102/jpg"),
         "https://www.robots.ox.ac.uk/~vgg/data/flowers/102/ (102flowers.tgz unpacked, imagelabels.mat, setid.mat)",
         _flowers102,
+        "not stated here: see its authors' page, robots.ox.ac.uk/~vgg/data/flowers/102",
         image_size=128,
     ),
     "celeba": Published(
@@ -143,6 +151,7 @@ PUBLISHED = {
         + ("celeba/img_align_celeba",),
         "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html (img_align_celeba.zip unpacked, and the five .txt files)",
         _celeba,
+        "non-commercial research only, by its agreement: mmlab.ie.cuhk.edu.hk/projects/CelebA.html",
         image_size=64,
     ),
 }

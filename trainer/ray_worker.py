@@ -19,7 +19,7 @@ from trainer.config import TrainConfig
 from trainer.event_log import EventLog
 from trainer.failures import TooLittleMemoryError, TrainingFailedError, WorkerFailedError, failure_report
 from trainer.storage import Storage
-from trainer.upload import Uploader, checkpoint_name
+from trainer.upload import Uploader
 
 MAX_WORKER_FAILURES = 3
 RAY_S_OWN = "checkpoint_manager_snapshot.json"  # what Ray Train resumes from; we do from the checkpoints alone
@@ -108,7 +108,7 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
         ray.train.report(gave_up)
         return
     if newest is not None and found is None:
-        folder = checkpoints.at(checkpoint_name(newest))
+        folder = checkpoints.at(checkpoint.name_of(newest))
         found = folder, checkpoint.load(folder)
     resume = found[1] if found else None
     first_epoch = resume.meta["epoch"] + 1 if resume else 1

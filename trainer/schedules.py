@@ -92,11 +92,6 @@ def linear_log_gamma(u: np.ndarray, start: float, end: float) -> np.ndarray:
     return np.interp(LINEAR_STEPS * np.asarray(u, np.float64), np.arange(LINEAR_STEPS + 1.0), sums)
 
 
-def linear_gamma(u: np.ndarray, start: float, end: float) -> np.ndarray:
-    """exp of `linear_log_gamma`. u: (N,) in [0, 1]. Returns (N,), falling from 1. Raises as `check`."""
-    return np.exp(linear_log_gamma(u, start, end))
-
-
 def polynomial_gamma(u: np.ndarray, start: float, end: float, tau: float) -> np.ndarray:
     """[f(e) - f(x)] / [f(e) - f(s)], f(x) = |x|^(2 tau), x = s + (e - s) u.
 
@@ -154,7 +149,7 @@ def gamma(family: Family, u: np.ndarray, start: float, end: float, tau: float = 
     """Signal variance at u. u: (N,) in [0, 1]. Returns (N,) float64. Raises as `check`."""
     check(family, start, end, tau)
     if family == "linear":
-        return linear_gamma(u, start, end)
+        return np.exp(linear_log_gamma(u, start, end))
     curves = {
         "polynomial": polynomial_gamma,
         "cosine": cosine_gamma,

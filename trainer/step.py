@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from trainer import data, model, schedules, speed
+from trainer import data, model, speed
 from trainer.config import TrainConfig
 from trainer.diffusion import Diffusion, epsilon_mse
 from trainer.ema import EMA
@@ -16,7 +16,7 @@ from trainer.failures import Worker
 
 
 class Denoiser(nn.Module):
-    """The U-Net with a tensor for its output, which CUDA graphs want."""
+    """The U-Net with a tensor for its output, which CUDA graphs and torch.export want."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -45,7 +45,7 @@ class TrainStep:
         self.optimizer = torch.optim.Adam(
             self.network.parameters(), lr=config.learning_rate, fused=self.switches.fused_adam
         )
-        self.diffusion = Diffusion(schedules.betas(**config.schedule.model_dump()))
+        self.diffusion = Diffusion(config.schedule.betas())
         first = worker.rank * config.batch_size // worker.world_size
         self._mine = slice(first, (worker.rank + 1) * config.batch_size // worker.world_size)
         self._pixels = _resident(images.pixels, device)

@@ -12,11 +12,6 @@ from trainer.storage import Storage
 KEPT_CHECKPOINTS = 2  # the one before is what is left where the newest is damaged
 
 
-def checkpoint_name(step: int) -> str:
-    """Named by its step: one that is trained again after a crash overwrites its own checkpoint."""
-    return f"checkpoint_{step:09d}"
-
-
 class Uploader:
     """A thread that stores one checkpoint at a time, and deletes those that are no longer wanted.
 
@@ -37,7 +32,7 @@ class Uploader:
     def start(self, taken: Checkpoint, then: Callable[[Storage], None]) -> None:
         """Stores a checkpoint; then(its folder) is called on this thread, by the next `start` or `finish`."""
         self.finish()
-        name = checkpoint_name(taken.meta["step"])
+        name = checkpoint.name_of(taken.meta["step"])
 
         def store() -> None:
             try:

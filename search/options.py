@@ -1,0 +1,21 @@
+"""What several verbs take, and the console that they print to."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+# A piped table is for a file or a pager: wide, not cut to the 80 columns that rich assumes.
+console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
+
+
+def home(path: Path | None) -> Path | None:
+    """~ in an option such as --out=~/x is left to us by shells."""
+    return path.expanduser() if path else path
+
+
+Address = Annotated[str, typer.Option(help="local starts a Ray here; auto or HOST:PORT joins one that runs.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, a.b=value; a.b+=value appends to a list.")]
