@@ -21,7 +21,7 @@ import signal, sys, time
 from search import lease
 from trainer.storage import Storage
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
-lease.BEAT_SECONDS = 0.1
+lease.BEAT_SECONDS = 0.3
 with lease.held(Storage(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -37,6 +37,14 @@ def driver(tmp_path) -> Iterator[subprocess.Popen[str]]:
         assert process.stdout.readline() == "held\n"
         yield process
         process.kill()
+
+
+def stop_between_beats(run: Storage, driver: subprocess.Popen[str]) -> None:
+    """Just after one: amid the next it would have read the lease, and write it when it goes on."""
+    before = run.read_json(lease.FILE)
+    while run.read_json(lease.FILE) == before:
+        time.sleep(0.001)
+    os.kill(driver.pid, signal.SIGSTOP)
 
 
 def silent_since(run: Storage, seconds: float, **changes: object) -> None:
@@ -75,7 +83,7 @@ def test_another_process_of_that_number_is_not_the_driver(tmp_path, driver, chan
 
 def test_a_driver_that_wakes_up_when_another_has_its_run_ends_and_lets_the_lease_be(tmp_path, driver):
     run = Storage(tmp_path)
-    os.kill(driver.pid, signal.SIGSTOP)
+    stop_between_beats(run, driver)
     theirs = {"host": "elsewhere", "pid": 7, "token": "t", "beat": time.time()}
     run.write_json(lease.FILE, theirs)
     os.kill(driver.pid, signal.SIGCONT)
@@ -88,7 +96,7 @@ def test_a_driver_that_wakes_up_when_another_has_its_run_ends_and_lets_the_lease
 def test_a_driver_that_wakes_up_when_another_has_finished_its_run_writes_no_lease_and_ends(tmp_path, driver):
     """It would go on with a table of before, and write that over what the other finished."""
     run = Storage(tmp_path)
-    os.kill(driver.pid, signal.SIGSTOP)
+    stop_between_beats(run, driver)
     run.delete(lease.FILE)
     os.kill(driver.pid, signal.SIGCONT)
     _, said = driver.communicate(timeout=30)
