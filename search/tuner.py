@@ -18,6 +18,7 @@ from rich.console import Console
 
 from cluster import capacity
 from cluster.capacity import Capacity, Placement
+from cluster.leftovers import Leftovers
 from evaluation.rung import RungScorer
 from search import trial
 from search.budget import Budget
@@ -117,7 +118,8 @@ def _tune(
         return ended
     limiter = ConcurrencyLimiter(searcher, max_concurrent=placement.at_once)  # as max_concurrent_trials makes it
     room = _Room(limiter, placement, config.train, view.console)
-    watcher = _Watcher(run, records, journal, view.changed, budget, room, Gauges(config.name, records))
+    leftovers = Leftovers(placement.worker) if config.runner == "train" else None
+    watcher = _Watcher(run, records, journal, view.changed, budget, room, leftovers, Gauges(config.name, records))
     rungs = config.rung_epochs()
     if config.runner == "reuse":
         run_trial = trial.in_reused_process(run, scorer, rungs)
@@ -148,6 +150,8 @@ def _tune(
     )
     with interrupt.awaited():
         tuner.fit()
+    if leftovers:
+        leftovers.look(patience_s=0)  # the final stage wants their place
     ended = None if interrupt.requested else searcher.left()
     tidy(run, [records[key] for key in watcher.ended])  # once more: one that is stopped may write one checkpoint more
     if searcher.copied:
@@ -221,16 +225,19 @@ class _Watcher(DriverOnly, Callback):
         changed: Callable[[], None],
         budget: Budget,
         room: _Room,
+        leftovers: Leftovers | None,
         gauges: Gauges,
     ):
         self.run, self.records, self.journal, self.changed, self.budget = run, records, journal, changed, budget
-        self.room, self.gauges, self.looked = room, gauges, 0.0
+        self.room, self.leftovers, self.gauges, self.looked = room, leftovers, gauges, 0.0
         self.ended: set[str] = set()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if time.monotonic() - self.looked > ROOM_SECONDS:
             self.looked = time.monotonic()
             self.room.look(capacity.read())
+            if self.leftovers:
+                self.leftovers.look()
             self.gauges.show()
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
