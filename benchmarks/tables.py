@@ -180,13 +180,14 @@ def sampling_throughput(result: dict[str, Any]) -> str:
     rows = []
     for name, speed in result["images_per_second"].items():
         ratio = result["ours_is_faster_by"].get(name)
-        cells = [f"{speed:.1f}", "" if ratio is None else f"{ratio:.2f}x"]
+        faster = ratio and f"{ratio['median']:.2f}x ({ratio['range'][0]:.2f}–{ratio['range'][1]:.2f})"
+        cells = [f"{speed:.1f}", faster or ""]
         rows.append([names.get(name, name), *cells, *(f"{peak:.1f}" for peak in memory[name].values())])
     return "\n\n".join(
         [
             f"## Drawing images ({result['device']})",
             f"{result['images']} images of 32x32 by ancestral sampling with one U-Net, in turn by this sampler, by "
-            "diffusers' DDPMPipeline and by a loop that keeps every step; medians of "
+            "diffusers' DDPMPipeline and by a loop that keeps every step; medians (ranges) of "
             f"{result['rounds']} turns of {result['steps_timed']} steps. Their pixels differ by at most "
             f"{result['largest_difference_from_DDPMPipeline']} of 255. Memory is the peak above the loaded model and "
             "one short sampling, by the number of steps.",

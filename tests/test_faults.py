@@ -115,14 +115,18 @@ class Search:
             assert time.monotonic() < end, f"nothing happens: {self.epochs()}\n{self.log.read_text()}"
             time.sleep(0.1)
 
-    def kill(self, name: str) -> None:
-        """kill -9 of one process of Ray's with such a title."""
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Ray's processes with such a title."""
         found = [p for p in psutil.process_iter(["cmdline"]) if name in " ".join(p.info["cmdline"] or [])]
         own = {
             child.pid for node in self.cluster.started if node.is_running() for child in node.children(recursive=True)
         }
-        victims = [process for process in found if process.pid in own]
-        assert victims, f"no {name} among {[' '.join(psutil.Process(p).cmdline())[:40] for p in own]}"
+        return [process for process in found if process.pid in own]
+
+    def kill(self, name: str) -> None:
+        """kill -9 of one of them."""
+        victims = self.processes(name)
+        assert victims, f"no {name}"
         victims[0].kill()
         self.faults += 1
 
@@ -181,6 +185,16 @@ def test_a_worker_and_then_the_trial_s_own_process_are_killed(cluster, tmp_path,
         search.kill("ray::ImplicitFunc")
         assert driver.wait(240) == 0, search.log.read_text()
     search.check("kill -9 a worker, later a trial's actor", capsys)
+
+
+def test_a_trial_s_own_process_is_killed_as_its_worker_starts(cluster, tmp_path, capsys):
+    """Ray Train has a worker's place watched only once it runs: the one CPU would be reserved by nobody for ever."""
+    search = Search(cluster(1), tmp_path)
+    with search.begun(workers=1) as driver:
+        search.wait_until(lambda: bool(search.processes("ray::RayTrainWorker")), driver)
+        search.kill("ray::ImplicitFunc")
+        assert driver.wait(300) == 0, search.log.read_text()
+    search.check("a trial's own process, as its worker starts", capsys)
 
 
 def test_a_trial_s_process_that_others_are_to_take_over_is_killed_again_and_again(cluster, tmp_path, capsys):
