@@ -117,9 +117,9 @@ def confirmation(entry: Mapping[str, Any]) -> str:
 
 def _judged(ranking: Mapping[str, Any]) -> str:
     accuracy = ranking["held_out_accuracy"]
-    judge = "Judged by Inception V3 with the weights of published scores."
+    said = "Judged by Inception V3 with the weights of published scores."
     if accuracy is not None:
-        judge = (
+        said = (
             f"Judged by a classifier trained on the data's own labels, {accuracy:.1%} right on real held-out images: "
             "its classifier score is the Inception Score's formula, and not comparable with published ones."
         )
@@ -132,7 +132,7 @@ def _judged(ranking: Mapping[str, Any]) -> str:
         real = f" Fréchet distances are to all {every:,} training images; KID, precision and recall to "
         real += "them as well." if some == every else f"{some:,} of them."
     return (
-        f"{judge} All trials drew from the same noise: {weights}, {sampler}. The score is "
+        f"{said} All trials drew from the same noise: {weights}, {sampler}. The score is "
         f"the mean over splits of {ranking['split_size']:,} images.{real} Scores and distances compare only within one "
         "extractor, and at one number of images."
     )

@@ -103,7 +103,7 @@ def _probes(settings: SearchConfig | None) -> dict[str, tuple[Callable[[], str],
 
 
 def _weights(settings: SearchConfig | None) -> "Iterator[Finding]":
-    """Workers get the judge from the process that starts the search: its weights are needed here."""
+    """Workers get the extractor from the process that starts the search: its weights are needed here."""
     from cluster.doctor import Finding
 
     if settings is None or not settings.final.inception_weights:
