@@ -143,7 +143,7 @@ def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial
         f"| real held-out images, {real_n} | {real['score']:.3f} | {real['frechet']:.3f} |",
         "",
         f"Rank {entry['rank']} of {sum(e['rank'] is not None for e in ranking['trials'])}; best with probability "
-        f"{chance(entry['p_best'])}; not told apart from {tied}. Brackets are 95% confidence intervals, {of}.",
+        f"{chance(entry['p_best'])}; tied with {tied}. Brackets are 95% confidence intervals, {of}.",
         "",
         *(f"- {line}" for line in own),
         *([""] if own else []),

@@ -190,7 +190,7 @@ def kept_classifier(place: Storage, find: Callable[[], Classifier]) -> Classifie
         try:
             return Classifier.load(place)
         except ValueError as error:
-            log.warning("looking for the judge elsewhere: %s", error)
+            log.warning("looking for the classifier elsewhere: %s", error)
     found = find()
     found.save(place)
     return found

@@ -46,7 +46,7 @@ def read_images(path: Path) -> np.ndarray:
     Parquet: the column `img` or `image`, encoded bytes as in the Hugging Face layout. Raises ValueError, saying why.
     """
     if not path.exists():
-        raise ValueError(f"no images at {path}")
+        raise ValueError(f"no images at {path}; give a folder of images, an .npz, or a Parquet file")
     if path.is_dir():
         tables = sorted(path.glob("*.parquet"))
         if tables:

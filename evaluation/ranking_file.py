@@ -79,7 +79,7 @@ def ranking(
     n = min(config.split_size, config.images)
     return {
         "extractor": reference.extractor.name,
-        "judge": reference.key,
+        "reference": reference.key,
         "score_name": reference.extractor.score_name,
         "held_out_accuracy": reference.accuracy,
         "images": config.images,

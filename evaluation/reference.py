@@ -16,7 +16,7 @@ from evaluation.train_classifier import train_classifier
 from trainer.data import Splits
 from trainer.storage import Storage
 
-JUDGE = "judge"  # the folder of a run that its classifier is kept in
+EXTRACTOR = "extractor"  # the folder of a run that its classifier is kept in
 PROBE_IMAGES = 64  # held-out images of the grid loss
 # Of real images, so many at most are compared one by one (scores, KID, precision and recall); means and covariances are
 # of all. Drawn, since files often lie in the order of their classes.
@@ -148,7 +148,7 @@ def _extractor(
     def of_this_machine() -> Classifier:
         return cached_classifier(cache, name, train)
 
-    return of_this_machine() if run is None else kept_classifier(run.at(JUDGE, name), of_this_machine)
+    return of_this_machine() if run is None else kept_classifier(run.at(EXTRACTOR, name), of_this_machine)
 
 
 def rung_scorer(

@@ -64,7 +64,7 @@ def render(
     title = f"Search {run_name}"
     sections = {
         "What was asked": _asked(config, real_samples, metric),
-        "Leaderboard": report_tables.leaderboard(ranking),
+        "Ranking": report_tables.ranking_table(ranking),
         "Images": report_images.final_grids(rows, ranked, samples, lost, real_samples)
         + report_images.rung_grids(config, rows, best, metric, events),
         "Noise schedules": report_figures.schedule_plots(
@@ -150,7 +150,7 @@ def _verdict(ranking: Mapping[str, Any]) -> str:
     else:
         text += f"It is the best of the {len(scored)} ranked with probability {escape(chance(best['p_best']))}; "
         tied = joined([escape(trial) for trial in best["tied_with"]]) if best["tied_with"] else ""
-        text += f"it cannot be told apart from {tied}.</p>" if tied else "it can be told apart from every other.</p>"
+        text += f"it is tied with {tied or 'no other'}.</p>"
     real, same = ranking["real"], best["at_real_n"]
     dropped = real.get("dropped", 0)
     theirs = f"The Fréchet distances of all {real['n']:,}" if dropped else "Their Fréchet distances"
@@ -207,7 +207,7 @@ def _cost(
         return "<p>No training time has been spent yet.</p>"
     stopped = sum(row["state"] == "stopped" for row in rows)
     trained = sum(row["worker_seconds"] > 0 for row in rows)
-    text = f"<p>Training, with the scores at rungs, took <strong>{_hours(spent)}</strong> of workers' time."
+    text = f"<p>Training, with its rungs, took <strong>{_hours(spent)}</strong> of workers' time."
     if stopped:
         text += (
             f" {count(stopped, 'trial')} of {trained:,} stopped early: in full they would have taken about "

@@ -1,4 +1,4 @@
-"""The report's tables: leaderboard, all trials, families, importance."""
+"""The report's tables: ranking, all trials, families, importance."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ def settings(row: Row) -> str:
     return f"<span>{escape(label(row))}<small>{escape(', '.join(rest))}</small></span>"
 
 
-def leaderboard(ranking: Mapping[str, Any] | None) -> str:
+def ranking_table(ranking: Mapping[str, Any] | None) -> str:
     if ranking is None:
         return "<p>No trial has been scored by the final stage yet.</p>"
     images, real_n = ranking["images"], ranking["real"]["n"]
@@ -52,7 +52,7 @@ def leaderboard(ranking: Mapping[str, Any] | None) -> str:
     columns += of_images(images, ranking.get("dropped", 0), ",<br>95% CI")
     columns += [("P(best)", "n")]
     columns += [("Ahead of the next<small>95% CI</small>", "n")] if led else []
-    columns += [("Not told apart from", "")]
+    columns += [("Tied with", "")]
     columns += [(f"KID × 1000<small>{count(images, 'image')},<br>95% CI</small>", "n")] if diverse else []
     columns += of_images(real_n, ranking["real"].get("dropped", 0), "") if real_n != images else []
     columns += [(f"Precision, recall<small>{count(real_n, 'image')}</small>", "n")] if diverse else []
@@ -117,9 +117,9 @@ def confirmation(entry: Mapping[str, Any]) -> str:
 
 def _judged(ranking: Mapping[str, Any]) -> str:
     accuracy = ranking["held_out_accuracy"]
-    judge = "Judged by Inception V3 with the weights of published scores."
+    said = "Judged by Inception V3 with the weights of published scores."
     if accuracy is not None:
-        judge = (
+        said = (
             f"Judged by a classifier trained on the data's own labels, {accuracy:.1%} right on real held-out images: "
             "its classifier score is the Inception Score's formula, and not comparable with published ones."
         )
@@ -132,9 +132,9 @@ def _judged(ranking: Mapping[str, Any]) -> str:
         real = f" Fréchet distances are to all {every:,} training images; KID, precision and recall to "
         real += "them as well." if some == every else f"{some:,} of them."
     return (
-        f"{judge} All trials drew from the same noise: {weights}, {sampler}. The score is "
+        f"{said} All trials drew from the same noise: {weights}, {sampler}. The score is "
         f"the mean over splits of {ranking['split_size']:,} images.{real} Scores and distances compare only within one "
-        "extractor, and at one number of images."
+        "extractor, and at one number of images. Trials are tied where the interval of their difference holds 0."
     )
 
 
@@ -152,7 +152,7 @@ def all_trials(rows: Sequence[Row], ranked: Mapping[str, Row]) -> str:
         cells = [trial, settings(row), f"<span>{escape(STATES.get(row['state']) or row['state'])}{why}</span>"]
         cells += [str(row["epoch"]), *(number(last.get(name)) for name in metrics), f"{row['worker_seconds']:,.0f}"]
         body.append(("", [*cells, str((ranked.get(row["trial"]) or {}).get("rank") or "")]))
-    note = "Scores are those of the last rung reached, from few images: they decide who goes on, not who wins."
+    note = "Values are those of the last rung reached, from few images: they decide who goes on, not who wins."
     return f'<p class="quiet">{note}</p>' + table(columns, body)
 
 

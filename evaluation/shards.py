@@ -110,7 +110,7 @@ def kept_images(run: Storage, candidate: Candidate, ranked: Mapping[str, Any]) -
     drawn = {name: ranked[name] for name in ("images", "sampler", "weights") if name in ranked}
     asked = FinalStageConfig.model_validate(drawn)
     try:
-        shards = _shards_judged_by(run, candidate, asked, ranked["extractor"], ranked.get("judge"))
+        shards = _shards_judged_by(run, candidate, asked, ranked["extractor"], ranked.get("reference"))
     except checkpoint.BrokenCheckpointError as error:
         raise FileNotFoundError(str(error)) from error
     return np.concatenate([results(run, shard)["images"] for shard in shards if shard.first < KEPT_IMAGES])
@@ -127,7 +127,7 @@ def identity(run: Storage, candidate: Candidate) -> tuple[str, int]:
 
 
 def _shards_judged_by(
-    run: Storage, candidate: Candidate, config: FinalStageConfig, extractor: str, judge: str | None
+    run: Storage, candidate: Candidate, config: FinalStageConfig, extractor: str, reference: str | None
 ) -> list[Shard]:
     """A folder a setting: results of another checkpoint, sampler or extractor are never taken for these."""
     settings = {
@@ -135,7 +135,7 @@ def _shards_judged_by(
         "sampler": config.sampler.model_dump(),
         "weights": config.weights,
         "extractor": extractor,
-        "data": judge,
+        "data": reference,
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     folder = f"evaluation/{candidate.trial}/{digest}"

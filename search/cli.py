@@ -40,8 +40,10 @@ def _given(**options: Any) -> dict[str, Any]:
 def run(
     config: Config,
     set_: Set = None,
-    name: Annotated[str | None, typer.Option(help="The run's name; its folder is STORAGE/NAME.")] = None,
-    storage: Annotated[str, typer.Option(help="A folder, or an address such as s3://bucket/folder.")] = "runs",
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The run's name; its folder is STORAGE/NAME.")
+    ] = None,
+    storage: Annotated[str, typer.Option(metavar="STORAGE", help="A folder, or such as s3://bucket/folder.")] = "runs",
     address: Address = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with its cost, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,

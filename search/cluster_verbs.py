@@ -50,10 +50,10 @@ def placement_lines(cluster: "Capacity", workers: int) -> list[str]:
 @app.command("doctor")
 def doctor_(
     config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="Its data set and weights are looked for, too.")
+        str | None, typer.Argument(metavar="CONFIG", help="Its data set and weights are looked for, too.")
     ] = None,
     set_: Set = None,
-    storage: Annotated[str, typer.Option(help="The STORAGE of the runs to come.")] = "runs",
+    storage: Annotated[str, typer.Option(metavar="STORAGE", help="Where the runs to come will lie.")] = "runs",
     address: Address = "local",
     as_json: Json = False,
 ) -> None:
@@ -103,7 +103,7 @@ def _probes(settings: SearchConfig | None) -> dict[str, tuple[Callable[[], str],
 
 
 def _weights(settings: SearchConfig | None) -> "Iterator[Finding]":
-    """Workers get the judge from the process that starts the search: its weights are needed here."""
+    """Workers get the extractor from the process that starts the search: its weights are needed here."""
     from cluster.doctor import Finding
 
     if settings is None or not settings.final.inception_weights:
@@ -125,10 +125,14 @@ HERE = "http://127.0.0.1:8265"
 
 @app.command("submit")
 def submit_(
-    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file, or a shipped name.")] = None,
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped name.")] = None,
     set_: Set = None,
-    name: Annotated[str | None, typer.Option(help="The run's name; its folder is STORAGE/NAME.")] = None,
-    storage: Annotated[str, typer.Option(help="A folder of every node, or s3://bucket/folder.")] = "",
+    name: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The run's name; its folder is STORAGE/NAME.")
+    ] = None,
+    storage: Annotated[
+        str, typer.Option(metavar="STORAGE", help="A folder of every node, or s3://bucket/folder.")
+    ] = "",
     resume: Annotated[str | None, typer.Option(metavar="PATH", help="Go on with the run there instead.")] = None,
     dashboard: Dashboard = HERE,
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for its end.")] = False,

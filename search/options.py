@@ -16,6 +16,11 @@ def home(path: Path | None) -> Path | None:
     return path.expanduser() if path else path
 
 
-Address = Annotated[str, typer.Option(help="local starts a Ray here; auto or HOST:PORT joins one that runs.")]
+Address = Annotated[
+    str, typer.Option(metavar="ADDRESS", help="local starts a Ray here; auto or HOST:PORT joins one that runs.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="A setting, a.b=value; a.b+=value appends to a list.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="A setting, as often as wanted; A.B+=VALUE appends to a list."),
+]

@@ -11,16 +11,16 @@ from rich.console import Console
 
 from cluster import capacity, connect, nodes
 from cluster.capacity import Placement
-from evaluation import ranking_file, reference, stage
+from evaluation import ranking_file, stage
 from evaluation.config import FinalStageConfig
-from evaluation.reference import Reference
+from evaluation.reference import EXTRACTOR, Reference, rung_scorer
 from evaluation.rung import RungScorer
 from evaluation.shards import Candidate
 from search import budget, confirm, disk, lease, plan, tables, tuner, watch
 from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt, resume_command
 from search.outcome import REPORT, finish, versions
-from search.prepare import choose_metric, judge_of
+from search.prepare import choose_metric, reference_of
 from search.records import Records
 from search.runs import CONFIG, RANKING
 from trainer import data
@@ -54,7 +54,7 @@ def given_up_where_refused(run: Storage) -> Iterator[None]:
         raise  # it is another's
     except Exception:
         if not len(Records.load(run)):
-            for name in (CONFIG, tuner.JOURNAL, budget.FILE, "tune", reference.JUDGE):
+            for name in (CONFIG, tuner.JOURNAL, budget.FILE, "tune", EXTRACTOR):
                 run.delete(name)
         raise
 
@@ -65,7 +65,7 @@ def dry_run(
     """What a run would do and cost, measured in a few steps where a trial would run. Writes nothing into `run`."""
     with connect.connected(address) as connection:
         cluster = _with_room(config.room, connection, console)
-        config, judge, scorer, placement = _prepare(config, splits, cluster, console, None)
+        config, reference, scorer, placement = _prepare(config, splits, cluster, console, None)
         with console.status("timing a few steps"):
             measured = plan.measure_on_cluster(config, scorer, cluster.use_gpu)
     images, train = len(splits.train), config.train
@@ -79,7 +79,7 @@ def dry_run(
         "rungs": config.rung_epochs(),
         "metric": scorer.metric,
         "measured": dataclasses.asdict(measured),
-        "forecast": forecast if judge else forecast | {"final_stage_hours": 0.0, "confirm_hours": 0.0},
+        "forecast": forecast if reference else forecast | {"final_stage_hours": 0.0, "confirm_hours": 0.0},
         "free_bytes": disk.free_bytes(run),
         "warning": disk.shortage(forecast["disk_bytes"], run),
     }
@@ -109,10 +109,10 @@ def _prepare(
     The configuration comes back with a number for trials_per_gpu: auto.
     """
     placement = cluster.place(*config.room)
-    judge = judge_of(config, splits, console, run)
-    metric = choose_metric(config, judge, console)
+    reference = reference_of(config, splits, console, run)
+    metric = choose_metric(config, reference, console)
     settings = config.early_stopping
-    scorer = reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric)
+    scorer = rung_scorer(splits, reference, settings.images, settings.sampler, metric)
     if config.trials_per_gpu == "auto" and cluster.use_gpu and config.train.workers == 1:
         with console.status("measuring a trial's memory"):
             one = plan.measure_on_cluster(config, scorer, use_gpu=True)
@@ -120,7 +120,7 @@ def _prepare(
         console.print(f"Trials per GPU: {count} ({disk.size(one.gpu_bytes)} each of {disk.size(one.gpu_room_bytes)})")
         config = config.model_copy(update={"trials_per_gpu": count})
         placement = cluster.place(1, count)
-    return config, judge, scorer, placement
+    return config, reference, scorer, placement
 
 
 def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
@@ -139,7 +139,7 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         cluster = _with_room(config.room, connection, console)
         if not connection.local:
             _check_shared(run)
-        config, judge, scorer, placement = _prepare(config, splits, cluster, console, run)
+        config, reference, scorer, placement = _prepare(config, splits, cluster, console, run)
         left = tuner.trials_left(config, records)
         if left:
             at_once = placement.at_once
@@ -155,12 +155,12 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         else:
             tuner.tidy(run, records)
             tuner.mend_study(config, run, records, scorer.metric)
-        if judge is None:
+        if reference is None:
             console.print("No final stage: the data has no labels, and final.inception_weights is not given.")
         else:
-            evaluate(config, run, records, judge, scorer, connection, console, interrupt)
+            evaluate(config, run, records, reference, scorer, connection, console, interrupt)
     finish(config, run, records, splits, console)
-    if judge is not None:
+    if reference is not None:
         _check_ranked(run)
 
 
@@ -186,7 +186,7 @@ def evaluate(
     config: SearchConfig,
     run: Storage,
     records: Records,
-    judge: Reference,
+    reference: Reference,
     scorer: RungScorer,
     connection: connect.Connection,
     console: Console,
@@ -204,10 +204,10 @@ def evaluate(
         with watch.progress_bar(console, what) as progress:
             slots, memory = sum(cluster.slots()), cluster.worker().get("memory", 0)
             try:
-                notes.update(stage.draw(run, drawn, config.final, judge, slots, cluster.use_gpu, progress, memory))
+                notes.update(stage.draw(run, drawn, config.final, reference, slots, cluster.use_gpu, progress, memory))
             except TooLittleMemoryError as error:
                 raise UserError(str(error)) from error
-        return ranking_file.ranking(run, candidates, config.final, judge, notes)
+        return ranking_file.ranking(run, candidates, config.final, reference, notes)
 
     result = ranking()
     best = [row["trial"] for row in result["trials"] if row["rank"]][: config.final.confirm.top]
@@ -245,12 +245,12 @@ def evaluate_again(
             if not connection.local:
                 _check_shared(run)
             asked = config.model_copy(update={"final": final})
-            asked, judge, scorer, _ = _prepare(asked, splits, cluster, console, run)
-            if judge is None:
+            asked, reference, scorer, _ = _prepare(asked, splits, cluster, console, run)
+            if reference is None:
                 raise UserError(
                     "nothing can judge these images: the data has no labels, so give final.inception_weights"
                 )
-            evaluate(asked, run, records, judge, scorer, connection, console, interrupt)
+            evaluate(asked, run, records, reference, scorer, connection, console, interrupt)
         finish(config, run, records, splits, console)
         _check_ranked(run)
 

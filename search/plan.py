@@ -173,9 +173,9 @@ def describe(config: SearchConfig, metric: str) -> dict[str, Any]:
     """The space, and what becomes of each known point before it is trained. Writes nothing that stays."""
     with tempfile.TemporaryDirectory() as folder:
         records = Records(Storage(folder))
-        judge = HonestOptunaSearch(config.model_copy(update={"name": "plan"}), metric, records, None)
+        searcher = HonestOptunaSearch(config.model_copy(update={"name": "plan"}), metric, records, None)
         for point in config.known_points:
-            records.add(judge.new_row(space.known_params(config, point), known=True))
+            records.add(searcher.new_row(space.known_params(config, point), known=True))
         known = [row.params() | {"screened" if row.state == "screened" else "reused": row.reason} for row in records]
     families = {
         family: {n: v.model_dump() if isinstance(v, Range) else v for n, v in space.parameters(config, family).items()}

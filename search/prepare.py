@@ -1,4 +1,4 @@
-"""What a run needs before it starts: images that fit its configuration, a judge, and a metric to stop trials by."""
+"""What a run needs before it starts: images that fit its configuration, an extractor, a metric to stop trials by."""
 
 import contextlib
 from collections.abc import Callable
@@ -51,27 +51,29 @@ def _check_fits(training: TrainConfig, where: str, splits: Splits) -> None:
         )
 
 
-def judge_of(config: SearchConfig, splits: Splits, console: Console, run: Storage | None) -> Reference | None:
-    """The judge that `run` keeps, and keeps from now on where it had none; without a run, this machine's own."""
+def reference_of(config: SearchConfig, splits: Splits, console: Console, run: Storage | None) -> Reference | None:
+    """The reference by the extractor that `run` keeps, and keeps from now on where it had none; without a run, by this
+    machine's own.
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with console.status("") as status:
         try:
-            judge = reference.prepare(splits, config.final, cache_folder(), device, status.update, run)
+            found = reference.prepare(splits, config.final, cache_folder(), device, status.update, run)
         except (ValueError, OSError) as error:
             raise UserError(str(error)) from error
-    if judge is not None and judge.accuracy is not None:
+    if found is not None and found.accuracy is not None:
         console.print(
-            f"Judge:          a classifier of the data's own labels, {judge.accuracy:.1%} right on held-out images"
+            f"Extractor:      a classifier of the data's own labels, {found.accuracy:.1%} right on held-out images"
         )
-    return judge
+    return found
 
 
-def choose_metric(config: SearchConfig, judge: Reference | None, console: Console) -> Metric:
+def choose_metric(config: SearchConfig, reference: Reference | None, console: Console) -> Metric:
     """What trials are stopped by. Raises UserError where the configuration asks for one that cannot be had."""
     wanted = config.early_stopping.metric
-    if judge is None:
+    if reference is None:
         if wanted not in ("auto", "grid_loss"):
             raise UserError(
                 f"early_stopping.metric is {wanted}, which needs labels or final.inception_weights; use grid_loss"

@@ -72,7 +72,7 @@ def trials_table(
         Column("trial", "left"), Column("schedule", "left"), Column("lr", leaves=4), Column("dropout", leaves=3),
         *([Column("settings", "left", leaves=6, wraps=True)] if varied else []),
         Column("epoch"), Column(METRIC_TITLES[metric]), *([Column("score", leaves=5)] if both else []),
-        Column("seconds", leaves=2), Column("state", "left"), Column("reason", "left", leaves=1, wraps=True),
+        Column("worker-seconds", leaves=2), Column("state", "left"), Column("reason", "left", leaves=1, wraps=True),
     )  # fmt: skip
     ordered = in_order(rows, metric)
     for row in ordered[:limit]:

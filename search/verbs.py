@@ -59,11 +59,11 @@ def score(path: Path, extractor: str, weights: Path | None, split_size: int, as_
         if probabilities is None:
             drawn = files.read_images(path)
             if extractor == "inception":
-                judge: Any = inception.Inception(weights, device)
+                found: Any = inception.Inception(weights, device)
             else:
-                judge = Classifier.load(Storage(extractor)).to(device)
-            name, score_name = judge.name, judge.score_name
-            probabilities = judge.extract(drawn).probabilities
+                found = Classifier.load(Storage(extractor)).to(device)
+            name, score_name = found.name, found.score_name
+            probabilities = found.extract(drawn).probabilities
         result = scores.inception_score(probabilities, split_size)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
@@ -103,8 +103,8 @@ def _stored_probabilities(path: Path) -> np.ndarray | None:
 
 def train(config: SearchConfig, out: Path, console: Console) -> None:
     """One training of `config.train`, in this process; goes on from the newest checkpoint in `out`."""
-    from evaluation import reference
-    from search.prepare import choose_metric, judge_of, preflight
+    from evaluation.reference import rung_scorer
+    from search.prepare import choose_metric, preflight, reference_of
     from search.watch import progress_bar
     from trainer import checkpoint, local, loop
     from trainer.storage import Storage
@@ -121,8 +121,8 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
     if found is not None and found[1].config.learned() != config.train.learned():
         raise UserError(f"--out {out} holds a training of another configuration; give another --out")
     splits = preflight(config, console)
-    judge = judge_of(config, splits, console, None)
-    settings, metric = config.early_stopping, choose_metric(config, judge, console)
+    reference = reference_of(config, splits, console, None)
+    settings, metric = config.early_stopping, choose_metric(config, reference, console)
     done = f", from epoch {found[1].meta['epoch']}" if found else ""
     console.print(f"Training {config.train.schedule.label()} for {config.train.epochs} epochs{done}")
     console.print(f"TensorBoard:    tensorboard --logdir {folder.uri}")
@@ -141,7 +141,7 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
                 folder,
                 local.default_device(),
                 report,
-                score=reference.rung_scorer(splits, judge, settings.images, settings.sampler, metric),
+                score=rung_scorer(splits, reference, settings.images, settings.sampler, metric),
                 rungs=config.rung_epochs(),
                 log=lambda metrics: progress(metrics["epoch"], config.train.epochs),
                 stop=lambda: interrupt.requested,

@@ -1,4 +1,4 @@
-"""What a person sees while a search runs: a live leaderboard with an ETA; plain lines without a terminal."""
+"""What a person sees while a search runs: a live table of the trials with an ETA; plain lines without a terminal."""
 
 import contextlib
 import time
@@ -15,7 +15,7 @@ from search.tables import SHOWN, STATE_STYLE, reasons, trials_table
 
 
 class SearchView:
-    """The leaderboard of a running search: live in a terminal, a line a finished trial elsewhere."""
+    """The trials of a running search: live in a terminal, a line a finished trial elsewhere."""
 
     def __init__(
         self, console: Console, records: Records, metric: str, epochs: int, trials: int, space: str = "alpha_bar"

@@ -62,6 +62,15 @@ def test_files_and_names_that_a_page_speaks_of_exist(page):
     assert [link for link in links if not (ROOT / page).parent.joinpath(link).exists()] == []
 
 
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_the_tree_in_the_readme_names_every_module_once(package):
+    house = (ROOT / "README.md").read_text().partition("## The house\n")[2]
+    tree = re.search(rf"^    {package}/ .*\n((?:      .*\n)+)", house, re.M)
+    assert tree
+    named = sorted(re.findall(r"\w+\.py", tree[1]))
+    assert named == sorted(path.name for path in (ROOT / package).glob("*.py") if path.name != "__init__.py")
+
+
 def test_every_file_is_short_enough_to_read():
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in FILES}
     assert {name: count for name, count in lines.items() if count >= 280} == {}

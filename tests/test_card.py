@@ -156,7 +156,7 @@ def test_card_states_parameters_scores_with_intervals_and_cost():
         assert part in said
     assert "| real held-out images, 360 | 9.770 | 1.250 |" in said
     assert "2 worker-hours" in said
-    assert "best with probability > 0.99; not told apart from t0." in said  # a simulation is never sure
+    assert "best with probability > 0.99; tied with t0." in said  # a simulation is never sure
     assert "splits of 5,000 images; sampler name ddim, steps 20, seed 3." in said  # T has no more
 
 

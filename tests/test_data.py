@@ -961,7 +961,7 @@ def test_what_was_cached_when_a_mistyped_label_column_still_passed_is_not_used(t
 
 
 def test_a_label_column_that_was_asked_for_and_is_not_there_is_refused(tmp_path):
-    """Mistyped, it would leave the data without labels, and the search without its judge."""
+    """Mistyped, it would leave the data without labels, and the search without its extractor."""
     path = parquet_of(tmp_path / "a.parquet", [encoded(noise(i, 8, 8)) for i in range(5)], [0, 1, 0, 1, 0])
     message = refusal(name=f"parquet:{path}", label_column="labels")
     assert "data.label_column='labels'" in message

@@ -59,13 +59,13 @@ def finished(tmp_path: Path, row, rung, monkeypatch) -> tuple[SearchConfig, Stor
         checkpoint.save(run.at(place), state, meta | {"ema_decay": 0.9})
         records.add(row(trial, state="completed", epoch=1, rungs=[rung(1, 4.4, 8.8, 0.1)], checkpoint=place))
     a_judge_in(tmp_path / "cache", config, seed=0)
-    judge = prepare.judge_of(config, data.load(config.train.data), QUIET, run)
-    assert judge is not None
+    reference = prepare.reference_of(config, data.load(config.train.data), QUIET, run)
+    assert reference is not None
     candidate = Candidate("t0000-cosine", str(records["t0000-cosine"].checkpoint))
     worker = ShardWorker(run, config.final, "cpu")
-    for shard in shards_of(run, candidate, config.final, judge):
-        assert worker.work(shard, judge.extractor) is None
-    ranked = ranking_file.ranking(run, [candidate], config.final, judge, {})
+    for shard in shards_of(run, candidate, config.final, reference):
+        assert worker.work(shard, reference.extractor) is None
+    ranked = ranking_file.ranking(run, [candidate], config.final, reference, {})
     for entry in ranked["trials"]:
         entry |= records[entry["trial"]].params() | {"checkpoint": candidate.checkpoint}
     run.write_json(RANKING, ranked)
@@ -76,10 +76,10 @@ def finished(tmp_path: Path, row, rung, monkeypatch) -> tuple[SearchConfig, Stor
 def test_a_run_keeps_its_judge_on_a_machine_whose_cache_has_another(finished, tmp_path, monkeypatch):
     config, run = finished
     splits = data.load(config.train.data)
-    before = prepare.judge_of(config, splits, QUIET, run)
+    before = prepare.reference_of(config, splits, QUIET, run)
     monkeypatch.setenv("DDPM_SEARCH_CACHE", str(tmp_path / "elsewhere"))
     a_judge_in(tmp_path / "elsewhere", config, seed=1)
-    after, without = (prepare.judge_of(config, splits, QUIET, place) for place in (run, None))
+    after, without = (prepare.reference_of(config, splits, QUIET, place) for place in (run, None))
     assert before is not None
     assert after is not None
     assert without is not None
@@ -142,15 +142,15 @@ def test_an_export_draws_with_the_sampler_of_the_ranking(finished, tmp_path):
 def test_a_run_s_damaged_judge_is_replaced_by_the_machine_s_own(finished, caplog):
     config, run = finished
     splits = data.load(config.train.data)
-    before = prepare.judge_of(config, splits, QUIET, run)
-    (name,) = run.names("judge")
-    run.write(f"judge/{name}/weights.safetensors", b"cut")
-    after = prepare.judge_of(config, splits, QUIET, run)
+    before = prepare.reference_of(config, splits, QUIET, run)
+    (name,) = run.names("extractor")
+    run.write(f"extractor/{name}/weights.safetensors", b"cut")
+    after = prepare.reference_of(config, splits, QUIET, run)
     assert "damaged" in caplog.text
     assert before is not None
     assert after is not None
     assert after.key == before.key
-    assert Classifier.load(run.at("judge", name)).seed == 0
+    assert Classifier.load(run.at("extractor", name)).seed == 0
 
 
 @pytest.mark.slow

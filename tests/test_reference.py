@@ -25,10 +25,10 @@ def test_where_training_mirrors_images_the_judge_takes_mirror_images_for_the_sam
 
     def accuracy(mirrored: bool) -> float:
         splits = data.load(DataConfig(name=f"folder:{tmp_path}/images", train_fraction=0.5, horizontal_flip=mirrored))
-        judge = reference.prepare(splits, FinalStageConfig(), tmp_path / "cache", "cpu", lambda what: None)
-        assert judge is not None
-        assert judge.accuracy is not None
-        return judge.accuracy
+        found = reference.prepare(splits, FinalStageConfig(), tmp_path / "cache", "cpu", lambda what: None)
+        assert found is not None
+        assert found.accuracy is not None
+        return found.accuracy
 
     assert accuracy(mirrored=False) == 1.0
     assert accuracy(mirrored=True) < 0.9
@@ -81,16 +81,16 @@ def test_statistics_are_of_all_images_and_what_is_compared_one_by_one_of_a_draw_
     splits = data.load(DataConfig(name=f"folder:{tmp_path}/images", train_fraction=0.5))
     config = FinalStageConfig(images=30, split_size=10)
 
-    def judge() -> reference.Reference:
+    def found() -> reference.Reference:
         made = reference.prepare(splits, config, tmp_path / "cache", "cpu", lambda what: None)
         assert made is not None
         return made
 
-    whole = judge()
+    whole = found()
     assert len(whole.train_features) == len(whole.held_out.features) == len(whole.noise.features) == 80
     monkeypatch.setattr(reference, "REAL_IMAGES", 25)
     monkeypatch.setattr(reference, "NOISE_AT_ONCE", 7)
-    blocks = judge()
+    blocks = found()
     for name in ("train", "held_out_statistics"):
         one, other = getattr(whole, name), getattr(blocks, name)
         assert one.n == other.n == 80

@@ -132,7 +132,7 @@ def test_verdict_says_the_winner_its_interval_ties_and_the_ceiling():
     text = Page(full()).text
     assert "t1, cosine(0, 1, tau 1) with learning rate 0.0002 and dropout 0.1 has the highest classifier score" in text
     assert "95% confidence interval 9.40 to 9.60 ) from 10,000 images" in text
-    assert "probability 0.83; it cannot be told apart from t0" in text
+    assert "probability 0.83; it is tied with t0" in text
     assert "360 real images, held out from training, score 9.77; as many images of the winner score 9.21" in text
     assert "trained models only" in text
 
@@ -140,7 +140,7 @@ def test_verdict_says_the_winner_its_interval_ties_and_the_ceiling():
 def test_intervals_say_whether_they_are_of_a_configuration_each_by_itself():
     first, second, failed = entry(1, "t1", confirmed=True), entry(2, "t0"), entry(None, "t4", reason="it diverged")
     page = Page(render([], ranking(first, second, failed))).text
-    assert "can be told apart from every other" in page
+    assert "it is tied with no other" in page
     assert "The intervals of t1 include the spread between training seeds: they speak of the configuration." in page
     assert "Those of the others speak of the trained models only" in page
     every = Page(render([], ranking(first, second | {"confirmed": True}, failed))).text
@@ -331,7 +331,7 @@ def test_steps_are_those_that_trials_took_where_their_schedules_have_fewer(steps
     trials = [entry(rank, f"t{rank}", steps=taken) for rank, taken in enumerate(steps, 1)]
     ranked = ranking(*trials, entry(None, "t4", reason="it diverged", steps=None))
     ranked["sampler"]["steps"] = 1000
-    assert said in report_tables.leaderboard(ranked)
+    assert said in report_tables.ranking_table(ranked)
 
 
 def test_a_schedule_that_the_whole_search_reads_as_beta_is_called_so():

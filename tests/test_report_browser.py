@@ -127,9 +127,9 @@ def test_no_text_of_a_figure_is_cut_off(opened: Any):
     assert cut == []
 
 
-def test_leaderboard_has_the_rankings_rows_in_their_order(opened: Any):
+def test_the_ranking_has_its_rows_in_their_order(opened: Any):
     rows = opened.eval_on_selector_all(
-        "#leaderboard + .scroll tbody tr:not(.reference)",
+        "#ranking + .scroll tbody tr:not(.reference)",
         "rows => rows.map(row => [...row.cells].map(cell => cell.innerText.trim()))",
     )
     assert [cells[0] for cells in rows] == [str(each["rank"] or "") for each in ENTRIES]
