@@ -13,6 +13,7 @@ import typer
 import yaml
 from rich.text import Text
 
+from evaluation.report_words import count
 from search.config import SearchConfig, UserError, load
 from search.options import Address, Json, Set, console
 
@@ -43,8 +44,11 @@ def placement_lines(cluster: "Capacity", workers: int) -> list[str]:
         at_once = cluster.place(workers).at_once
     except ValueError as error:
         raise UserError(str(error)) from error
-    nodes = [f"node {index}: {slots} workers, one {cluster.what} each" for index, slots in enumerate(cluster.slots())]
-    return [*nodes, f"{at_once} trials of {workers} workers at once"]
+    nodes = [
+        f"node {index}: {count(slots, 'worker')}, one {cluster.what} each"
+        for index, slots in enumerate(cluster.slots())
+    ]
+    return [*nodes, f"{count(at_once, 'trial')} of {count(workers, 'worker')} at once"]
 
 
 @app.command("doctor")

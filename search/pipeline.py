@@ -14,6 +14,7 @@ from cluster.capacity import Placement
 from evaluation import ranking_file, stage
 from evaluation.config import FinalStageConfig
 from evaluation.reference import EXTRACTOR, Reference, rung_scorer
+from evaluation.report_words import count
 from evaluation.rung import RungScorer
 from evaluation.shards import Candidate
 from search import budget, confirm, disk, lease, plan, tables, tuner, watch
@@ -146,7 +147,9 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
             needed = disk.disk_bytes(config, disk.expected_checkpoint_bytes(config, splits.train.shape), at_once)
             if not len(records) and (warning := disk.shortage(needed, run)):
                 console.print(warning)
-            console.print(f"Searching: {left} trials of {config.train.epochs} epochs, {at_once} at once\n")
+            console.print(
+                f"Searching: {count(left, 'trial')} of {count(config.train.epochs, 'epoch')}, {at_once} at once\n"
+            )
             ended = tuner.search(config, run, records, scorer, placement, allowed, interrupt, console)
             console.print(f"The search ended: {ended}.")
             space = config.train.schedule.space
@@ -199,7 +202,7 @@ def evaluate(
 
     def ranking() -> dict[str, Any]:
         drawn = [candidate for candidate in candidates if candidate.trial not in notes]
-        what = f"Drawing {config.final.images:,} images of each of {len(drawn)} trials"
+        what = f"Drawing {config.final.images:,} images of each of {count(len(drawn), 'trial')}"
         cluster = _with_room((1, 1, None), connection, console)  # nodes may have come and gone since the search began
         with watch.progress_bar(console, what) as progress:
             slots, memory = sum(cluster.slots()), cluster.worker().get("memory", 0)

@@ -173,7 +173,7 @@ def ranking_notes(ranking: dict[str, Any]) -> str:
     # Fewer than the sampler's were taken where a schedule has no more; a ranking of an earlier version does not say.
     drawn = ranking["sampler"] | {name: ranking[name] for name in ("steps",) if name in ranking}
     sampler = ", ".join(f"{name} {value}" for name, value in drawn.items())
-    dropped = f", {ranking['dropped']} images dropped" if ranking.get("dropped") else ""
+    dropped = f", {ranking['dropped']} images left over" if ranking.get("dropped") else ""
     return (
         f"{ranking['score_name']} of {ranking['images']:,} images in splits of {ranking['split_size']:,}{dropped}; "
         f"extractor {ranking['extractor']}; {ranking.get('weights', 'ema')} weights; sampler {sampler}.\n"

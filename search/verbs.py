@@ -104,6 +104,7 @@ def _stored_probabilities(path: Path) -> np.ndarray | None:
 def train(config: SearchConfig, out: Path, console: Console) -> None:
     """One training of `config.train`, in this process; goes on from the newest checkpoint in `out`."""
     from evaluation.reference import rung_scorer
+    from evaluation.report_words import count
     from search.prepare import choose_metric, preflight, reference_of
     from search.watch import progress_bar
     from trainer import checkpoint, local, loop
@@ -124,7 +125,7 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
     reference = reference_of(config, splits, console, None)
     settings, metric = config.early_stopping, choose_metric(config, reference, console)
     done = f", from epoch {found[1].meta['epoch']}" if found else ""
-    console.print(f"Training {config.train.schedule.label()} for {config.train.epochs} epochs{done}")
+    console.print(f"Training {config.train.schedule.label()} for {count(config.train.epochs, 'epoch')}{done}")
     console.print(f"TensorBoard:    tensorboard --logdir {folder.uri}")
 
     def report(metrics: loop.Metrics, checkpoint: Storage) -> None:

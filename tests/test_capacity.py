@@ -153,7 +153,7 @@ def test_a_cluster_that_will_not_do_is_refused_at_the_end_of_the_wait_or_at_once
 def test_what_is_said_of_a_cluster_is_said_whole_or_not_at_all():
     assert placement_lines(capacity((4, 0), (1, 0)), 2) == [
         "node 0: 4 workers, one CPU each",
-        "node 1: 1 workers, one CPU each",
+        "node 1: 1 worker, one CPU each",
         "2 trials of 2 workers at once",
     ]
     with pytest.raises(UserError, match=r"for 2, but is 3; set train\.workers to 2 or add nodes"):
