@@ -5,6 +5,7 @@
 Runs in a folder and a HOME of its own, so that nothing is cached. Fails where the demo's bars are not met.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -21,6 +22,7 @@ LIMITS = {"seconds": 360.0, "frechet_share": 0.10, "score_share": 0.85, "held_ou
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
         began = time.monotonic()
         command = (sys.executable, "-m", "search.cli")

@@ -7,6 +7,7 @@ ended is read from its TensorBoard events, its seconds of training and scoring f
 limit: the same trainings one after the other in two processes without Ray, three each.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -44,7 +45,9 @@ LIMITS = {"runner": "reuse", "median_gap_seconds": 1.0, "busy": 0.85, "first_ste
 
 
 def main() -> None:
-    asked = sys.argv[1:] or [*RUNNERS, "plain"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runners", nargs="*", default=[*RUNNERS, "plain"], help="all, where none is named")
+    asked = parser.parse_args().runners
     path = RESULTS / "orchestration.json"
     results = json.loads(path.read_text())["runners"] if path.exists() and len(asked) <= len(RUNNERS) else {}
     for name in asked:

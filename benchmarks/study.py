@@ -7,8 +7,8 @@ Writes docs/results/study_digits.json, the table of docs/study.md from it, and i
 run is a search with the same data, final stage and seed, whose best configuration is compared with the study's.
 """
 
+import argparse
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -194,8 +194,12 @@ def page(document: str, name: str, result: dict[str, Any]) -> str:
     return filled(document, f"{name}_search", verdict(result)) if "search" in result else document
 
 
-def main(path: str, search: str | None = None) -> None:
-    run = Storage(path)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="of a study")
+    parser.add_argument("search", nargs="?", help="the run of a search at equal cost")
+    asked = parser.parse_args()
+    run, search = Storage(asked.run), asked.search
     result = figures(run)
     name = result["config"].replace("-", "_")
     if search:
@@ -206,4 +210,4 @@ def main(path: str, search: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -3,6 +3,7 @@
 python -m benchmarks.tables
 """
 
+import argparse
 import json
 from statistics import median
 from typing import Any
@@ -265,7 +266,12 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PAGE.write_text(page())
     TRAINING.write_text(training(TRAINING.read_text()))
     print(f"written: {PAGE}, {TRAINING}")
+
+
+if __name__ == "__main__":
+    main()

@@ -185,7 +185,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="parquet:PATH of CIFAR-10")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="a turn; default: 200 on a GPU, 8 elsewhere")

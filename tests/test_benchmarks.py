@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 import time
 
 import pytest
@@ -117,8 +118,15 @@ def test_the_study_s_table_is_made_of_its_results():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(study.RESULTS.parents[1].glob("benchmarks/*.py")), ids=lambda path: path.stem)
-def test_every_benchmark_can_be_begun(path):
-    importlib.import_module(f"benchmarks.{path.stem}")
+def test_every_benchmark_can_be_asked_what_it_does_and_does_nothing_then(path, monkeypatch, capsys):
+    module = importlib.import_module(f"benchmarks.{path.stem}")
+    if "__main__" in path.read_text():
+        monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            module.main()
+        assert ended.value.code == 0
+        first = module.__doc__.split()[:8]
+        assert " ".join(first) in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_driver_s_memory_is_counted_from_the_first_trial_that_ends_in_its_life():
