@@ -40,7 +40,10 @@ def ranking_table(ranking: Mapping[str, Any] | None) -> str:
         return "<p>No trial has been scored by the final stage yet.</p>"
     images, real_n = ranking["images"], ranking["real"]["n"]
     score_name = escape(capitalised(ranking["score_name"]))
-    diverse = any(entry.get("kid") for entry in ranking["trials"])
+    distances = [entry["kid"]["value"] for entry in ranking["trials"] if entry.get("kid")]
+    diverse = bool(distances)
+    # Inception's are some thousandths, a classifier's of small images may be above 1.
+    scale, kid_name = (1000, "KID × 1000") if max(distances, default=0) < 0.1 else (1, "KID")
     led = any(entry.get("to_next") for entry in ranking["trials"])
 
     def of_images(n: int, dropped: int, more: str) -> list[tuple[str, str]]:
@@ -53,7 +56,7 @@ def ranking_table(ranking: Mapping[str, Any] | None) -> str:
     columns += [("P(best)", "n")]
     columns += [("Ahead of the next<small>95% CI</small>", "n")] if led else []
     columns += [("Tied with", "")]
-    columns += [(f"KID × 1000<small>{count(images, 'image')},<br>95% CI</small>", "n")] if diverse else []
+    columns += [(f"{kid_name}<small>{count(images, 'image')},<br>95% CI</small>", "n")] if diverse else []
     columns += of_images(real_n, ranking["real"].get("dropped", 0), "") if real_n != images else []
     columns += [(f"Precision, recall<small>{count(real_n, 'image')}</small>", "n")] if diverse else []
 
@@ -64,7 +67,7 @@ def ranking_table(ranking: Mapping[str, Any] | None) -> str:
 
     def reference(name: str, values: dict[str, Any]) -> tuple[str, list[str]]:
         main = [fixed(values["score"]), fixed(values["frechet"])] if real_n == images else ["", ""]
-        kid = fixed(None if values.get("kid") is None else 1000 * values["kid"])
+        kid = fixed(None if values.get("kid") is None else scale * values["kid"])
         kid += f"<small>{count(real_n, 'image')}</small>" if real_n != images else ""
         cells = ["", f"<strong>{name}</strong>", *main, "", *[""] * led, ""]
         return "reference", [*cells, *[kid] * diverse, *at_real_n(values)]
@@ -80,7 +83,7 @@ def ranking_table(ranking: Mapping[str, Any] | None) -> str:
         cells += [_estimate(entry["score"], "mean", strong=True) + _splits(entry), _estimate(entry["frechet"], "value")]
         cells += [escape(chance(entry["p_best"])), *[_estimate(entry.get("to_next"), "score")] * led]
         cells += ["<br>".join(map(escape, entry["tied_with"])) or NOT_KNOWN]
-        cells += [_estimate(entry.get("kid"), "value", 1000)] * diverse
+        cells += [_estimate(entry.get("kid"), "value", scale)] * diverse
         body.append(("", cells + at_real_n(entry["at_real_n"] or {})))
     body.append(reference("Gaussian noise", ranking["noise"]))
     return table(columns, body) + f'<p class="quiet">{escape(_judged(ranking))}</p>'

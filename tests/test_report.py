@@ -309,6 +309,11 @@ def test_precision_and_recall_are_compared_at_one_number_of_images():
     assert "0.90, 0.88" in text
     assert "0.95" not in text
 
+    own = own | {"kid": {"value": 1.55282, "ci": [1.11, 1.99]}}  # a classifier's
+    text = Page(render([], ranking(entry(1, "t1", **own), real=real))).text
+    assert "1.55 1.11 to 1.99" in text
+    assert "KID × 1000" not in text
+
 
 def test_every_number_has_its_count_of_images_and_a_score_its_spread_and_its_one_pool_beside_it():
     score = {"mean": 9.5, "std": 0.04, "ci": [9.4, 9.6]}
