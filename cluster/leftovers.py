@@ -24,24 +24,37 @@ class Leftovers:
 
     def look(self, patience_s: float = IDLE_SECONDS) -> list[str]:
         """Removes the groups that were idle so long, and returns their ids. To be called every few seconds."""
-        free, now = ray.available_resources(), time.monotonic()
-        job = ray.get_runtime_context().get_job_id()
-        idle = {
+        now = time.monotonic()
+        idle = self._unused("CREATED")
+        self._idle_since = {key: self._idle_since.get(key, now) for key in idle}
+        return _removed([key for key, since in self._idle_since.items() if now - since >= patience_s])
+
+    def clear(self) -> list[str]:
+        """Removes all that are left after the last trial, those too that still wait for their place."""
+        return _removed(self._unused("CREATED", "PENDING", "RESCHEDULING"))
+
+    def _unused(self, *states: str) -> list[str]:
+        free, job = ray.available_resources(), ray.get_runtime_context().get_job_id()
+        return [
             key
             for key, group in placement_group_table().items()
             if key.endswith(job)
-            and group["state"] == "CREATED"
+            and group["state"] in states
             and all(self._is_a_worker_s(bundle) for bundle in group["bundles"].values())
-            and free.get(f"CPU_group_{key}", 0) >= sum(bundle["CPU"] for bundle in group["bundles"].values())
-        }
-        self._idle_since = {key: self._idle_since.get(key, now) for key in idle}
-        left = [key for key, since in self._idle_since.items() if now - since >= patience_s]
-        for key in left:
-            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(key))))
-        return left
+            and (
+                group["state"] != "CREATED"
+                or free.get(f"CPU_group_{key}", 0) >= sum(bundle["CPU"] for bundle in group["bundles"].values())
+            )
+        ]
 
     def _is_a_worker_s(self, bundle: dict[str, float]) -> bool:
         """Ray rounds a share of a GPU."""
         return bundle.keys() == self.worker.keys() and all(
             math.isclose(bundle[name], amount, rel_tol=1e-3) for name, amount in self.worker.items()
         )
+
+
+def _removed(keys: list[str]) -> list[str]:
+    for key in keys:
+        remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(key))))
+    return keys

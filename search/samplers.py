@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,16 +11,16 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from search import space
 from search.config import SearchConfig, UserError
-from search.space_config import Range
 from trainer.config import SEEDS
 
 # Multivariate: parameters together. Group: a family's own apart from the others'. Constant liar: a running trial counts
 # as a bad one, so that many at once do not try one place.
 DEFAULTS: dict[str, dict[str, Any]] = {"TPESampler": {"multivariate": True, "group": True, "constant_liar": True}}
+HOPELESS = 10  # suggestions of one family in a row that fail the screen
 SHORT = {"tpe": "TPESampler", "random": "RandomSampler"}
 
 
@@ -28,37 +29,58 @@ class FamilyTPE(TPESampler):
 
     Optuna's own draws those of every family for each trial, and three quarters of its work are thrown away; of what is
     left a third failed the screen (benchmarks/simulate_scale.py). Where every candidate passes it, what is drawn for
-    the chosen family has the same distribution.
+    the chosen family has the same distribution; with one family, the same values.
     """
 
     def __init__(self, config: SearchConfig, **settings: Any):
         super().__init__(**settings)
-        self._config = config
+        self._config, self._families = config, list(config.space.families)
+        self._screened = dict.fromkeys(self._families, 0)  # suggestions of each in a row that failed the screen
         self._drawn: space.Params = {}  # for the next trial: its family, and what all families share
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        families = list(self._config.space.families)
-        own = {name: of for name in search_space if (of := name.split(".")[0]) in families}
+        if len(self._families) == 1:
+            self._drawn = {"family": self._families[0]}
+            together: dict[str, Any] = super().sample_relative(study, trial, search_space)
+            return together
+        own = {name: of for name in search_space if (of := name.split(".")[0]) in self._families}
         self._drawn = {}
         shared = super().sample_relative(study, trial, {n: d for n, d in search_space.items() if n not in own})
-        if not shared and len(families) > 1:
+        if not shared:
             return {}  # too few trials have ended for any but random ones
-        self._drawn = {"family": families[0]} | shared
-        chosen = {name: search_space[name] for name, of in own.items() if of == self._drawn["family"]}
+        self._drawn = shared
+        chosen = {name: search_space[name] for name, of in own.items() if of == shared["family"]}
         return shared | super().sample_relative(study, trial, chosen)
 
     def _compute_acquisition_func(self, samples: dict[str, np.ndarray], *estimators: Any) -> np.ndarray:
-        """Of TPE's candidates, those that are better than the best one to pass the screen have no value."""
+        """Of TPE's candidates, those that are better than the best one to pass the screen have no value.
+
+        Nor has a family of which nothing passes: to TPE, which hears of no trial of it, it is the most promising.
+        """
         values: np.ndarray = super()._compute_acquisition_func(samples, *estimators)
-        known = self._drawn and space.parameters(self._config, self._drawn["family"]) | self._drawn
-        if known and not any(isinstance(value, Range) for name, value in known.items() if name not in samples):
-            for candidate in np.argsort(-values, kind="stable"):
-                if space.screen(self._config, known | {n: v[candidate].item() for n, v in samples.items()}) is None:
-                    break
-                values[candidate] = -np.inf
+        if "family" in samples:
+            hopeless = [self._screened[self._families[int(index)]] >= HOPELESS for index in samples["family"]]
+            values[hopeless] = -np.inf
+        elif self._drawn:
+            searched = space.distributions(self._config, self._drawn["family"])
+            known = space.parameters(self._config, self._drawn["family"]) | self._drawn
+            if searched.keys() <= self._drawn.keys() | samples.keys():
+                for candidate in np.argsort(-values, kind="stable"):
+                    own = {n: searched[n].to_external_repr(drawn[candidate].item()) for n, drawn in samples.items()}
+                    if space.screen(self._config, known | own) is None:
+                        break
+                    values[candidate] = -np.inf
         return values
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        super().after_trial(study, trial, state, values)
+        family = trial.params.get("family")
+        if family in self._screened:
+            known = space.parameters(self._config, family) | trial.params
+            failed = state == TrialState.FAIL and space.screen(self._config, known) is not None
+            self._screened[family] = self._screened[family] + 1 if failed else 0
 
 
 def make(config: SearchConfig, drawn: int) -> BaseSampler:
@@ -71,6 +93,11 @@ def make(config: SearchConfig, drawn: int) -> BaseSampler:
     known = sorted(name for name, sampler in named.items() if not inspect.isabstract(sampler))
     if name not in known:
         raise UserError(f"searcher must be tpe, random, or one of {', '.join(known)}, but is {config.searcher.name!r}")
+    if name == "GridSampler":
+        raise UserError(
+            "searcher GridSampler numbers its points, and would try again those that run, were known points, or came "
+            "before a resume; for a space of choices there is BruteForceSampler"
+        )
     takes = inspect.signature(named[name]).parameters
     if unknown := options.keys() - takes.keys():
         raise UserError(

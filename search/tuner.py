@@ -151,7 +151,7 @@ def _tune(
     with interrupt.awaited():
         tuner.fit()
     if leftovers:
-        leftovers.look(patience_s=0)  # the final stage wants their place
+        leftovers.clear()  # the final stage wants their place
     ended = None if interrupt.requested else searcher.left()
     tidy(run, [records[key] for key in watcher.ended])  # once more: one that is stopped may write one checkpoint more
     if searcher.copied:
