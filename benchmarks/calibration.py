@@ -198,7 +198,7 @@ def reliability(values: list[tuple[float, bool]]) -> list[dict[str, float]]:
 
 
 def plot(regimes: dict[str, dict[str, Any]], path: str) -> None:
-    figure = Figure(figsize=(13, 4.4), layout="constrained")
+    figure = Figure(figsize=(13, 5.8), layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(KINDS), sharey=True), KINDS, strict=True):
         axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
         for (label, regime), marker in zip(regimes.items(), "osD^vP", strict=False):
@@ -206,7 +206,7 @@ def plot(regimes: dict[str, dict[str, Any]], path: str) -> None:
             axes.plot([b["said"] for b in bins], [b["so"] for b in bins], marker=marker, markersize=5, label=label)
         axes.set(title=f"Best {kind}", xlabel="P(best) stated", aspect="equal")
     figure.axes[0].set_ylabel("share that was the best")
-    figure.axes[0].legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
 
 
