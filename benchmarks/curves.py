@@ -24,7 +24,7 @@ from torch import nn
 from evaluation import reference
 from evaluation.config import SamplerConfig
 from evaluation.rung import RungScorer
-from evaluation.sampling import sample_images
+from evaluation.sampling import Sampler
 from evaluation.scores import frechet_distance
 from search import config, space
 from search.config import SearchConfig
@@ -251,7 +251,7 @@ class _Watch:
         if epoch == EPOCHS and _finite(scores.get("frechet")) is not None:
             sampler = SamplerConfig(steps=20, eta=1.0, block_size=200, seed=1)
             betas = config.schedule.betas()
-            images = sample_images(denoiser, betas, (1, 8, 8), sampler, 0, FRESH_IMAGES, device)
+            images = Sampler(denoiser, betas, (1, 8, 8), sampler, device).images(0, FRESH_IMAGES)
             assert self.scorer.extractor is not None
             assert self.scorer.reference is not None
             self.fresh = frechet_distance(self.scorer.extractor.extract(images).features, self.scorer.reference)

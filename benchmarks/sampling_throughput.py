@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.common import provenance, write
 from evaluation.config import SamplerConfig
-from evaluation.sampling import block_seed, sample_block
+from evaluation.sampling import Sampler, block_seed
 from trainer import model, schedules
 from trainer.config import ModelConfig
 
@@ -44,7 +44,8 @@ def samplers(device: torch.device) -> dict[str, Callable[[int], np.ndarray]]:
     scheduler = DDPMScheduler(1000, **options)
 
     def ours(steps: int) -> np.ndarray:
-        return sample_block(network, BETAS, SHAPE, SamplerConfig(name="ddpm", steps=steps, block_size=BATCH), 0, device)
+        config = SamplerConfig(name="ddpm", steps=steps, block_size=BATCH)
+        return Sampler(network, BETAS, SHAPE, config, device).block(0)
 
     def theirs(steps: int) -> np.ndarray:
         generator = torch.Generator(device).manual_seed(block_seed(0, 0))

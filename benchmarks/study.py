@@ -19,7 +19,7 @@ from benchmarks.common import RESULTS, filled, provenance, write
 from evaluation import export, pictures, report_words
 from evaluation.events import Events, read
 from evaluation.plots import Curve, Panel
-from evaluation.sampling import sample_images
+from evaluation.sampling import Sampler
 from search import confirm, space
 from search.records import Row
 from search.runs import open_run
@@ -183,7 +183,7 @@ def draw(run: Storage) -> None:
         found, sampler = checkpoint.load(run.at(str(row.checkpoint))), config.final.sampler
         export.export_pipeline(found, folder, sampler, f"# {name}\n", {})
         denoiser, betas, shape, _ = export.load_export(folder)
-        grids.append(sample_images(denoiser, betas, shape, sampler, 0, 24, "cpu"))
+        grids.append(Sampler(denoiser, betas, shape, sampler, "cpu").images(0, 24))
         print(f"{len(grids)}. {name}")
     pictures.save_grid_png(IMAGES / f"{config.name}-samples.png", np.concatenate(grids), columns=24)
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from trainer.config import Config, Seed, Weights, absolute
+from trainer.config import Config, Seed, Switch, Weights, absolute
 
 Metric = Literal["frechet", "score", "grid_loss"]  # what is measured at a rung, and may decide there
 
@@ -28,6 +28,12 @@ class SamplerConfig(Config):
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
     block_size: int = Field(100, ge=1, description="images a block; one generator a block, so part of the seed")
     seed: Seed = 0
+    bf16: Switch = Field("auto", description="the model under autocast; auto: on GPUs. Other images, within rounding")
+
+    def on(self, device_type: str) -> "SamplerConfig":
+        """`auto` decided: then equal settings are equal images, and a GPU's are not taken for a CPU's."""
+        bf16 = device_type == "cuda" if self.bf16 == "auto" else self.bf16
+        return self.model_copy(update={"bf16": bf16})
 
 
 class ConfirmConfig(Config):

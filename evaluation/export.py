@@ -83,7 +83,7 @@ def _torch_export(network: nn.Module, shape: tuple[int, int, int], path: Path) -
 
 def load_export(folder: Path) -> tuple[nn.Module, np.ndarray, tuple[int, int, int], SamplerConfig]:
     """What an export holds: the denoiser in eval mode on the CPU, betas (T,) float64, image shape (C, H, W), and a
-    sampler of the variance and the spacing that it was ranked by.
+    sampler of the variance and the spacing that it was ranked by, in fp32 as diffusers' own.
 
     Raises ValueError where the folder is no export of ours, or a damaged one.
     """
@@ -96,7 +96,7 @@ def load_export(folder: Path) -> tuple[nn.Module, np.ndarray, tuple[int, int, in
     try:
         config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
         betas = np.array(config["trained_betas"], np.float64)
-        sampler = SamplerConfig(variance=config["variance_type"], spacing=config["timestep_spacing"])
+        sampler = SamplerConfig(variance=config["variance_type"], spacing=config["timestep_spacing"], bf16=False)
         denoiser = UNet2DModel.from_pretrained(folder / "unet", local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ValueError(f"the export {folder} is damaged: {error}; write it again: `ddpm-search export`") from error

@@ -61,6 +61,8 @@ def sampler_words(sampler: Mapping[str, Any]) -> str:
         parts.append(str(sampler.get("variance", "")).replace("_", "-") + " variance")
     if sampler.get("spacing", "trailing") != "trailing":
         parts.append(f"{sampler['spacing']} spacing")
+    if sampler.get("bf16") is True:
+        parts.append("bf16")
     return ", ".join([*parts, f"seed {sampler.get('seed')}"])
 
 

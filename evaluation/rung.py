@@ -12,7 +12,7 @@ from torch import nn
 from evaluation.config import Metric, SamplerConfig
 from evaluation.extractors import Extractor
 from evaluation.pictures import image_grid
-from evaluation.sampling import sample_images
+from evaluation.sampling import Sampler
 from evaluation.scores import FeatureStatistics, frechet_distance, inception_score
 from trainer import data, failures, schedules
 from trainer.config import ScheduleConfig, TrainConfig
@@ -72,7 +72,7 @@ class RungScorer:
         betas = config.schedule.betas()
         shape = (self.probe.shape[3], *self.probe.shape[1:3])
         try:
-            drawn = sample_images(denoiser, betas, shape, self.sampler, 0, count, device)
+            drawn = Sampler(denoiser, betas, shape, self.sampler, device).images(0, count)
         except FloatingPointError:
             return {"frechet": None, "score": None}
         metrics["samples"] = image_grid(drawn[:64], columns=8)

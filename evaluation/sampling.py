@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from evaluation.config import SamplerConfig
+from trainer import speed
 from trainer.diffusion import Diffusion
 
 Denoiser = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x_t (N, C, H, W), t (N,)) → eps (N, C, H, W)
@@ -37,90 +38,94 @@ def timesteps(T: int, steps: int, spacing: str = "trailing") -> np.ndarray:
     return np.round(T - np.arange(steps) * (T / steps)).astype(np.int64) - 1
 
 
-def sample_images(
-    model: Model,
-    betas: np.ndarray,
-    shape: tuple[int, int, int],
-    sampler: SamplerConfig,
-    first: int,
-    count: int,
-    device: torch.device | str,
-    progress: Callable[[int], None] | None = None,
-) -> np.ndarray:
-    """Images first .. first + count - 1, (count, H, W, C) uint8.
+class Sampler:
+    """Draws a model's images.
 
-    shape: (C, H, W). betas: (T,) float64 of the schedule the model was trained on. progress is called after every
-    block with the number of images done so far. A shard that is not whole blocks costs the blocks it touches.
-    Raises ValueError for negative numbers, FloatingPointError as `sample_block`.
+    betas: (T,) float64 of the schedule that the model was trained on. shape: (C, H, W). On CUDA the model is captured
+    as a CUDA graph with the first block; its weights may change afterwards, but not move.
     """
-    if first < 0 or count < 0:
-        raise ValueError(f"first >= 0 and count >= 0 must hold, but got {first=}, {count=}")
-    channels, height, width = shape
-    images = np.empty((count, height, width, channels), np.uint8)
-    done = 0
-    while done < count:
-        block, skip = divmod(first + done, sampler.block_size)
-        part = sample_block(model, betas, shape, sampler, block, device)[skip : skip + count - done]
-        images[done : done + len(part)] = part
-        done += len(part)
-        if progress:
+
+    def __init__(
+        self,
+        model: Model,
+        betas: np.ndarray,
+        shape: tuple[int, int, int],
+        config: SamplerConfig,
+        device: torch.device | str,
+    ):
+        self.model, self.device = model, torch.device(device)
+        self.config = config.on(self.device.type)
+        self.timesteps = timesteps(len(betas), config.steps, config.spacing)
+        self.block_shape = (config.block_size, *shape)
+        self._diffusion = Diffusion(betas).spaced(self.timesteps)
+        self._fast: Denoiser | None = None
+
+    def images(self, first: int, count: int, progress: Callable[[int], None] = lambda done: None) -> np.ndarray:
+        """Images first .. first + count - 1, (count, H, W, C) uint8.
+
+        progress is called after every block with the number of images done so far. A shard that is not whole blocks
+        costs the blocks it touches. Raises ValueError for negative numbers, FloatingPointError as `block`.
+        """
+        if first < 0 or count < 0:
+            raise ValueError(f"first >= 0 and count >= 0 must hold, but got {first=}, {count=}")
+        size, channels, height, width = self.block_shape
+        images = np.empty((count, height, width, channels), np.uint8)
+        done = 0
+        while done < count:
+            index, skip = divmod(first + done, size)
+            part = self.block(index)[skip : skip + count - done]
+            images[done : done + len(part)] = part
+            done += len(part)
             progress(done)
-    return images
+        return images
 
+    def block(self, index: int) -> np.ndarray:
+        """One block of images, (block_size, H, W, C) uint8.
 
-def sample_block(
-    model: Model,
-    betas: np.ndarray,
-    shape: tuple[int, int, int],
-    sampler: SamplerConfig,
-    block: int,
-    device: torch.device | str,
-) -> np.ndarray:
-    """One block of images, (block_size, H, W, C) uint8. Arguments as `sample_images`.
+        Raises FloatingPointError where the model's output led to NaN or infinity: such images have no score.
+        """
+        x = self.denoised(index)
+        if not torch.isfinite(x).all():
+            raise FloatingPointError(f"sampling gave NaN or infinite pixels in block {index}: the model has diverged")
+        # diffusers' formula, then round: truncation would darken every image by half a level
+        pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
-    Raises FloatingPointError where the model's output led to NaN or infinity: such images have no score.
-    """
-    x = denoise_block(model, betas, shape, sampler, block, device)
-    if not torch.isfinite(x).all():
-        raise FloatingPointError(f"sampling gave NaN or infinite pixels in block {block}: the model has diverged")
-    # diffusers' formula, then round: truncation would darken every image by half a level
-    pixels = ((x / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    def denoised(self, index: int) -> torch.Tensor:
+        """One block as the sampler leaves it: (block_size, C, H, W) float32 on the device, not clamped or rounded."""
+        config, diffusion, size = self.config, self._diffusion, self.block_shape
+        generator = torch.Generator(self.device).manual_seed(block_seed(config.seed, index))
+        with _evaluating(self.model), torch.inference_mode():
+            x = torch.randn(size, generator=generator, device=self.device)
+            x_0_before = None
+            for k, t in zip(range(len(self.timesteps) - 1, -1, -1), self.timesteps.tolist(), strict=True):
+                eps = self._predict_eps(x, torch.full(size[:1], t, device=self.device))
+                step = torch.full(size[:1], k, device=self.device)
+                if config.name == "dpm++":
+                    x_0 = diffusion.predict_x_0(x, step, eps).clamp(-1, 1)
+                    x = dpm_step(diffusion.log_alpha_bar, k, x, x_0, x_0_before)
+                    x_0_before = x_0
+                    continue
+                draws = k > 0 and (config.name == "ddpm" or config.eta > 0)  # the last step's outcome is the image
+                noise = torch.randn(size, generator=generator, device=self.device) if draws else None
+                if config.name == "ddpm":
+                    x = diffusion.p_sample(x, step, eps, noise, config.variance)
+                else:
+                    x = diffusion.ddim_sample(x, step, eps, noise, config.eta)
+        return x
 
+    def _predict_eps(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if self._fast is None:
+            self._fast = self._eager
+            if self.device.type == "cuda":
+                self._fast = speed.replayed(self._eager, x_t, t)
+        return self._fast(x_t, t)
 
-def denoise_block(
-    model: Model,
-    betas: np.ndarray,
-    shape: tuple[int, int, int],
-    sampler: SamplerConfig,
-    block: int,
-    device: torch.device | str,
-) -> torch.Tensor:
-    """One block as the sampler leaves it: (block_size, C, H, W) float32 on the device, neither clamped nor rounded."""
-    device = torch.device(device)
-    visited = timesteps(len(betas), sampler.steps, sampler.spacing)
-    diffusion = Diffusion(betas).spaced(visited)
-    generator = torch.Generator(device).manual_seed(block_seed(sampler.seed, block))
-    size = (sampler.block_size, *shape)
-
-    with _evaluating(model), torch.inference_mode():
-        x = torch.randn(size, generator=generator, device=device)
-        x_0_before = None
-        for k, t in zip(range(len(visited) - 1, -1, -1), visited.tolist(), strict=True):
-            eps = _predict_eps(model, x, torch.full(size[:1], t, device=device))
-            step = torch.full(size[:1], k, device=device)
-            if sampler.name == "dpm++":
-                x_0 = diffusion.predict_x_0(x, step, eps).clamp(-1, 1)
-                x = dpm_step(diffusion.log_alpha_bar, k, x, x_0, x_0_before)
-                x_0_before = x_0
-                continue
-            draws = k > 0 and (sampler.name == "ddpm" or sampler.eta > 0)  # the last step's outcome is the image
-            noise = torch.randn(size, generator=generator, device=device) if draws else None
-            if sampler.name == "ddpm":
-                x = diffusion.p_sample(x, step, eps, noise, sampler.variance)
-            else:
-                x = diffusion.ddim_sample(x, step, eps, noise, sampler.eta)
-    return x
+    def _eager(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.config.bf16), cache_enabled=False):
+            output = self.model(x_t, t)
+        eps = output if isinstance(output, torch.Tensor) else output.sample
+        return eps.float()  # what the sampler itself does stays in fp32
 
 
 def dpm_step(
@@ -152,13 +157,6 @@ def dpm_step(
 def block_seed(seed: int, block: int) -> int:
     """64 bits that any change of seed or block changes; neighbours share no structure (NumPy's SeedSequence)."""
     return int(np.random.SeedSequence([seed, block]).generate_state(1, np.uint64)[0])
-
-
-def _predict_eps(model: Model, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The one place that knows a model may be diffusers' UNet2DModel."""
-    output = model(x_t, t)
-    eps = output if isinstance(output, torch.Tensor) else output.sample
-    return eps.float()  # the sampler stays in fp32 under autocast
 
 
 @contextmanager

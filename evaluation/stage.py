@@ -14,7 +14,7 @@ import torch
 from evaluation.config import FinalStageConfig
 from evaluation.extractors import Extractor
 from evaluation.reference import Reference
-from evaluation.sampling import sample_images
+from evaluation.sampling import Sampler
 from evaluation.shards import Candidate, Shard, is_done, shards_of, store
 from trainer import checkpoint
 from trainer.failures import TooLittleMemoryError, memory_of, too_little_memory_is
@@ -31,7 +31,7 @@ class ShardWorker:
     def __init__(self, run: Storage, config: FinalStageConfig, device: str):
         self.run, self.config, self.device = run, config, device
         self.extractor: Extractor | None = None
-        self.loaded: tuple[str, checkpoint.Checkpoint, Any] | None = None
+        self.loaded: tuple[str, Sampler] | None = None
 
     def work(self, shard: Shard, extractor: Extractor) -> str | None:
         """None, or why this checkpoint has no score."""
@@ -43,15 +43,15 @@ class ShardWorker:
                 found = checkpoint.load(self.run.at(path))
             except checkpoint.BrokenCheckpointError as error:
                 return str(error).replace(f"{self.run.uri}/", "")  # a ranking is published, and a run is moved
-            self.loaded = path, found, found.denoiser(self.config.weights).to(self.device)
-        _, found, denoiser = self.loaded
-        betas = found.config.schedule.betas()
-        shape = tuple(found.meta["image_shape"])
+            denoiser, betas = found.denoiser(self.config.weights).to(self.device), found.config.schedule.betas()
+            if self.device == "cuda":  # the layout of its fast convolutions
+                denoiser = denoiser.to(memory_format=torch.channels_last)
+            shape = tuple(found.meta["image_shape"])
+            self.loaded = path, Sampler(denoiser, betas, shape, self.config.sampler, self.device)
+        sampler = self.loaded[1]
         try:
             with too_little_memory_is(self._out_of_memory):
-                images = sample_images(
-                    denoiser, betas, shape, self.config.sampler, shard.first, shard.count, self.device
-                )
+                images = sampler.images(shard.first, shard.count)
                 judged = self.extractor.extract(images)
         except FloatingPointError as error:
             return str(error)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from evaluation import card, events, export, pictures, report
 from evaluation.config import SamplerConfig
-from evaluation.sampling import sample_images
+from evaluation.sampling import Sampler
 from evaluation.shards import Candidate, kept_images
 from search import budget, confirm, tables, watch
 from search.config import SearchConfig, UserError
@@ -111,9 +111,8 @@ def _drawn_here(folder: Path, sampler: SamplerConfig, console: Console) -> np.nd
     denoiser, betas, shape, _ = export.load_export(folder)
     needed = sampler.model_copy(update={"block_size": min(sampler.block_size, SAMPLES)})
     with watch.progress_bar(console, f"Drawing {SAMPLES} images") as progress:
-        return sample_images(
-            denoiser.to(device), betas, shape, needed, 0, SAMPLES, device, lambda done: progress(done, SAMPLES)
-        )
+        drawing = Sampler(denoiser.to(device), betas, shape, needed, device)
+        return drawing.images(0, SAMPLES, lambda done: progress(done, SAMPLES))
 
 
 def write_report(

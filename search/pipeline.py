@@ -206,11 +206,13 @@ def evaluate(
         cluster = _with_room((1, 1, None), connection, console)  # nodes may have come and gone since the search began
         with watch.progress_bar(console, what) as progress:
             slots, memory = sum(cluster.slots()), cluster.worker().get("memory", 0)
+            sampler = config.final.sampler.on("cuda" if cluster.use_gpu else "cpu")
+            final = config.final.model_copy(update={"sampler": sampler})
             try:
-                notes.update(stage.draw(run, drawn, config.final, reference, slots, cluster.use_gpu, progress, memory))
+                notes.update(stage.draw(run, drawn, final, reference, slots, cluster.use_gpu, progress, memory))
             except TooLittleMemoryError as error:
                 raise UserError(str(error)) from error
-        return ranking_file.ranking(run, candidates, config.final, reference, notes)
+        return ranking_file.ranking(run, candidates, final, reference, notes)
 
     result = ranking()
     best = [row["trial"] for row in result["trials"] if row["rank"]][: config.final.confirm.top]

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from evaluation.report_words import label, searched_words
 from evaluation.rung import RungScorer
-from evaluation.sampling import sample_images
+from evaluation.sampling import Sampler
 from search import space
 from search.config import SearchConfig
 from search.disk import disk_bytes, expected_checkpoint_bytes, size
@@ -76,7 +76,7 @@ def measure(config: SearchConfig, scorer: RungScorer, asked_at: float) -> Measur
     def block(steps: int) -> None:
         nonlocal kept
         settings = config.final.sampler.model_copy(update={"steps": steps})
-        drawn = sample_images(denoiser, betas, images.shape, settings, 0, settings.block_size, device)
+        drawn = Sampler(denoiser, betas, images.shape, settings, device).block(0)
         if scorer.extractor is not None:
             judged = scorer.extractor.to(device).extract(drawn)
             kept = (judged.features.nbytes + judged.probabilities.nbytes) // len(drawn)

@@ -20,7 +20,7 @@ def sample(folder: Path, out: Path, images: int, sampler: str, steps: int, seed:
 
     from evaluation import export, files
     from evaluation.config import SamplerConfig
-    from evaluation.sampling import sample_images
+    from evaluation.sampling import Sampler
     from search.watch import progress_bar
 
     asked = {"name": sampler, "steps": steps, "seed": seed}
@@ -35,9 +35,8 @@ def sample(folder: Path, out: Path, images: int, sampler: str, steps: int, seed:
         denoiser, betas, shape, ranked_by = export.load_export(folder)
         settings = ranked_by.model_copy(update=asked)
         with progress_bar(console, f"Drawing {images:,} images") as progress:
-            drawn = sample_images(
-                denoiser.to(device), betas, shape, settings, 0, images, device, lambda done: progress(done, images)
-            )
+            drawing = Sampler(denoiser.to(device), betas, shape, settings, device)
+            drawn = drawing.images(0, images, lambda done: progress(done, images))
         files.write_images(drawn, out)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error

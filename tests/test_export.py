@@ -12,7 +12,7 @@ from rich.console import Console
 
 from evaluation import export
 from evaluation.config import SamplerConfig
-from evaluation.sampling import block_seed, sample_block
+from evaluation.sampling import Sampler, block_seed
 from search import verbs
 from trainer import model, schedules
 from trainer.checkpoint import Checkpoint
@@ -71,8 +71,8 @@ def test_loaded_export_is_the_ema_model_its_betas_to_the_last_bit_and_its_shape(
 def test_loaded_export_draws_the_checkpoints_images(checkpoint: Checkpoint, folder: Path):
     denoiser, betas, shape, _ = export.load_export(folder)
     sampler = SamplerConfig(steps=5, block_size=2)
-    own = sample_block(checkpoint.denoiser(), betas, SHAPE, sampler, 0, "cpu")
-    assert (sample_block(denoiser, betas, shape, sampler, 0, "cpu") == own).all()
+    own = Sampler(checkpoint.denoiser(), betas, SHAPE, sampler, "cpu").block(0)
+    assert (Sampler(denoiser, betas, shape, sampler, "cpu").block(0) == own).all()
 
 
 def test_folder_holds_what_a_diffusers_pipeline_needs_a_card_and_provenance(folder: Path):
@@ -211,4 +211,4 @@ def test_diffusers_without_our_code_draws_the_images_of_ddpm_search_sample(
     # And these are what such a ranking scores.
     settings = ranked_by.model_copy(update={"name": sampler, "steps": steps, "seed": 3})
     betas = schedules.betas(**checkpoint.config.schedule.model_dump())
-    assert (sample_block(checkpoint.denoiser(), betas, SHAPE, settings, 0, "cpu") == ours).all()
+    assert (Sampler(checkpoint.denoiser(), betas, SHAPE, settings, "cpu").block(0) == ours).all()

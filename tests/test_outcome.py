@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +98,7 @@ def test_finishing_a_scored_run_samples_nothing(finished, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("images that are there were drawn again")
 
-    monkeypatch.setattr(outcome, "sample_images", refuse)
+    monkeypatch.setattr(outcome, "Sampler", refuse)
     outcome.finish(config, run, Records.load(run), data.load(config.train.data), QUIET)
     with Image.open(Path(run.root, "samples.png")) as picture:
         shown = np.asarray(picture)
@@ -112,16 +111,16 @@ def test_finishing_a_scored_run_samples_nothing(finished, monkeypatch):
 def test_an_export_of_a_trial_that_was_not_scored_is_sampled_in_a_block_no_larger_than_needed(finished, tmp_path):
     config, run = finished
     asked: list[int] = []
-    drawing = sampling.sample_block
+    drawing = sampling.Sampler.block
 
-    def noted(*args: Any, **kwargs: Any) -> np.ndarray:
-        asked.append(args[3].block_size)
-        return drawing(*args, **kwargs)
+    def noted(sampler: sampling.Sampler, index: int) -> np.ndarray:
+        asked.append(sampler.config.block_size)
+        return drawing(sampler, index)
 
     ranked = run.read_json(RANKING)
     ranked["sampler"]["block_size"] = 1000
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "sample_block", noted)
+        patch.setattr(sampling.Sampler, "block", noted)
         for trial, weights in (("t0001-cosine", None), ("t0000-cosine", "raw")):
             out = tmp_path / trial
             outcome.export_trial(config, run, Records.load(run), ranked, trial, out, QUIET, weights)

@@ -1,5 +1,6 @@
 """Laws of evaluation/sampling.py."""
 
+import copy
 import weakref
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from diffusers import (
 )
 
 from evaluation.config import SamplerConfig
-from evaluation.sampling import block_seed, denoise_block, sample_block, sample_images, timesteps
+from evaluation.sampling import Sampler, block_seed, timesteps
 from search import config
 from trainer import schedules
 
@@ -111,7 +112,7 @@ def test_a_block_is_what_diffusers_pipelines_draw(unet, betas, sampler):
         pipeline = DDPMPipeline(unet.eval(), DDPMScheduler(1000, variance_type="fixed_small", **options))
     pipeline.set_progress_bar_config(disable=True)
     theirs = np.round(pipeline(**call).images * 255)
-    ours = sample_block(unet, betas, SHAPE, config, 2, "cpu")
+    ours = Sampler(unet, betas, SHAPE, config, "cpu").block(2)
     assert ours.shape == (4, 8, 8, 3)
     assert ours.dtype == np.uint8
     assert np.ptp(ours) > 50
@@ -123,7 +124,7 @@ def test_a_block_is_what_diffusers_pipelines_draw(unet, betas, sampler):
 @pytest.mark.parametrize("betas", [COSINE, LINEAR])
 def test_ddpm_draws_the_gaussian_that_the_exact_recursion_gives(betas, variance, steps):
     sampler = SamplerConfig(name="ddpm", steps=steps, variance=variance, block_size=20)
-    x = denoise_block(gaussian_denoiser(betas), betas, (3, 16, 16), sampler, 0, "cpu").double()  # 15,360 pixels
+    x = Sampler(gaussian_denoiser(betas), betas, (3, 16, 16), sampler, "cpu").denoised(0).double()  # 15,360 pixels
     mean, true_variance = gaussian_recursion(betas, sampler)
     assert x.mean().item() == pytest.approx(mean, abs=4 * (true_variance / x.numel()) ** 0.5)
     assert x.var().item() == pytest.approx(true_variance, rel=4 * (2 / x.numel()) ** 0.5)
@@ -136,10 +137,8 @@ def test_ddpm_draws_the_gaussian_that_the_exact_recursion_gives(betas, variance,
 def test_fixed_small_spreads_too_little_and_fixed_large_too_much(betas):
     sampler = SamplerConfig(name="ddpm", steps=100, block_size=50)
     small, large = (
-        denoise_block(
-            gaussian_denoiser(betas), betas, (3, 16, 16), sampler.model_copy(update={"variance": variance}), 0, "cpu"
-        ).var()
-        for variance in ("fixed_small", "fixed_large")
+        Sampler(gaussian_denoiser(betas), betas, (3, 16, 16), config, "cpu").denoised(0).var()
+        for config in (sampler, sampler.model_copy(update={"variance": "fixed_large"}))
     )
     assert 0.5 * VARIANCE < small < 0.9 * VARIANCE
     assert 1.05 * VARIANCE < large < 1.5 * VARIANCE
@@ -149,7 +148,7 @@ def test_fixed_small_spreads_too_little_and_fixed_large_too_much(betas):
 @pytest.mark.parametrize("steps", [200, 7])
 def test_ddim_draws_the_gaussian_that_the_exact_recursion_gives(eta, steps):
     sampler = SamplerConfig(name="ddim", steps=steps, eta=eta, block_size=20)
-    x = denoise_block(gaussian_denoiser(LINEAR), LINEAR, (3, 16, 16), sampler, 0, "cpu").double()
+    x = Sampler(gaussian_denoiser(LINEAR), LINEAR, (3, 16, 16), sampler, "cpu").denoised(0).double()
     mean, true_variance = gaussian_recursion(LINEAR, sampler)
     assert x.mean().item() == pytest.approx(mean, abs=4 * (true_variance / x.numel()) ** 0.5)
     assert x.var().item() == pytest.approx(true_variance, rel=4 * (2 / x.numel()) ** 0.5)
@@ -168,7 +167,7 @@ def test_dpm_solver_is_diffusers_with_x_0_clipped(curve, steps):
     for t in scheduler.timesteps:
         x = scheduler.step(model(x, t.repeat(4)), t, x).prev_sample
     config = SamplerConfig(name="dpm++", steps=steps, block_size=4, seed=3)
-    ours = denoise_block(model, betas, SHAPE, config, 2, "cpu")
+    ours = Sampler(model, betas, SHAPE, config, "cpu").denoised(2)
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)  # diffusers keeps its tables in float32
 
 
@@ -179,7 +178,7 @@ def test_dpm_solver_nears_the_true_gaussian_as_steps_grow_on_every_shipped_sched
     errors = []
     for steps in (10, 100, 1000):
         config = SamplerConfig(name="dpm++", steps=steps, block_size=4)
-        x = denoise_block(gaussian_denoiser(betas), betas, (3, 16, 16), config, 0, "cpu").double()  # 3,072 pixels
+        x = Sampler(gaussian_denoiser(betas), betas, (3, 16, 16), config, "cpu").denoised(0).double()  # 3,072 pixels
         assert x.mean().item() == pytest.approx(MEAN, abs=4 * (VARIANCE / x.numel()) ** 0.5)
         errors.append(abs(x.var().item() - VARIANCE))
     assert errors[0] > errors[1] > errors[2] - 0.05 * VARIANCE  # which 3,072 pixels can tell
@@ -197,7 +196,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(name):
             seen.append(weakref.ref(x))
             return x * 0.5
 
-        denoise_block(model, COSINE, (1, 2, 2), SamplerConfig(name=name, steps=steps, block_size=1), 0, "cpu")
+        Sampler(model, COSINE, (1, 2, 2), SamplerConfig(name=name, steps=steps, block_size=1), "cpu").denoised(0)
         assert len(seen) == steps
         alive.append(sum(x() is not None for x in seen))
     assert alive[0] == alive[1] <= 1
@@ -215,7 +214,7 @@ def test_the_spacing_of_the_settings_is_used():
     visited = []
     for spacing in ("trailing", "leading"):
         config = SamplerConfig(steps=4, spacing=spacing, block_size=1)
-        denoise_block(lambda x, t: visited.append(int(t[0])) or x, COSINE, (1, 1, 1), config, 0, "cpu")
+        Sampler(lambda x, t: visited.append(int(t[0])) or x, COSINE, (1, 1, 1), config, "cpu").denoised(0)
     assert visited == [999, 749, 499, 249, 750, 500, 250, 0]
 
 
@@ -241,9 +240,9 @@ def test_no_steps_are_refused(T, steps):
 @pytest.mark.parametrize("sampler", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("dpm++", 0.0)])
 def test_images_do_not_depend_on_shards(unet, sampler):
     config = SamplerConfig(name=sampler[0], eta=sampler[1], steps=3, block_size=4)
-    whole = sample_images(unet, COSINE, SHAPE, config, 0, 13, "cpu")
+    whole = Sampler(unet, COSINE, SHAPE, config, "cpu").images(0, 13)
     for first, count in [(0, 4), (4, 9), (3, 2), (12, 1), (5, 0)]:
-        shard = sample_images(unet, COSINE, SHAPE, config, first, count, "cpu")
+        shard = Sampler(unet, COSINE, SHAPE, config, "cpu").images(first, count)
         assert shard.shape == (count, 8, 8, 3)
         np.testing.assert_array_equal(shard, whole[first : first + count])
 
@@ -258,7 +257,7 @@ def test_all_models_see_the_same_noise():
     config = SamplerConfig(steps=1, block_size=2)
     seen = []
     for _ in range(2):
-        sample_block(lambda x, t: seen.append(x.clone()) or x, COSINE, SHAPE, config, 5, "cpu")
+        Sampler(lambda x, t: seen.append(x.clone()) or x, COSINE, SHAPE, config, "cpu").block(5)
         torch.randn(3)
     assert torch.equal(*seen)
     expected = torch.randn((2, *SHAPE), generator=torch.Generator().manual_seed(block_seed(0, 5)))
@@ -268,7 +267,7 @@ def test_all_models_see_the_same_noise():
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++"])
 def test_sampling_consumes_no_global_random_numbers(unet, name):
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    sample_block(unet.train(), COSINE, SHAPE, SamplerConfig(name=name, eta=1.0, steps=2, block_size=2), 0, "cpu")
+    Sampler(unet.train(), COSINE, SHAPE, SamplerConfig(name=name, eta=1.0, steps=2, block_size=2), "cpu").block(0)
     assert torch.equal(torch.get_rng_state(), before[0])
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])
 
@@ -276,10 +275,10 @@ def test_sampling_consumes_no_global_random_numbers(unet, name):
 def test_dropout_is_off_and_every_training_flag_comes_back(unet):
     config = SamplerConfig(steps=2, block_size=2)
     unet.eval()
-    expected = sample_block(unet, COSINE, SHAPE, config, 0, "cpu")
+    expected = Sampler(unet, COSINE, SHAPE, config, "cpu").block(0)
     unet.train()
     unet.mid_block.eval()  # frozen by its owner
-    np.testing.assert_array_equal(sample_block(unet, COSINE, SHAPE, config, 0, "cpu"), expected)
+    np.testing.assert_array_equal(Sampler(unet, COSINE, SHAPE, config, "cpu").block(0), expected)
     assert unet.training
     assert not unet.mid_block.training
 
@@ -289,7 +288,7 @@ def test_dropout_is_off_and_every_training_flag_comes_back(unet):
     unet.forward, forward = fails, unet.forward
     try:
         with pytest.raises(RuntimeError, match="no device"):
-            sample_block(unet, COSINE, SHAPE, config, 0, "cpu")
+            Sampler(unet, COSINE, SHAPE, config, "cpu").block(0)
     finally:
         unet.forward = forward
     assert unet.training
@@ -310,14 +309,14 @@ def test_float32_sampling_is_finite_where_alpha_bar_meets_0_or_1(curve, sampler)
     betas = schedules.betas(*curve)
     for steps in (1000, 20):
         config = SamplerConfig(name=name, variance=variance, eta=eta, steps=steps, block_size=2)
-        x = denoise_block(lambda x, t: torch.zeros_like(x), betas, (1, 2, 2), config, 0, "cpu")
+        x = Sampler(lambda x, t: torch.zeros_like(x), betas, (1, 2, 2), config, "cpu").denoised(0)
         assert x.dtype == torch.float32
         assert torch.isfinite(x).all()
 
 
 def test_a_diverged_model_is_an_error_and_no_image():
     with pytest.raises(FloatingPointError, match="block 3"):
-        sample_block(lambda x, t: x * torch.nan, COSINE, SHAPE, SamplerConfig(steps=2, block_size=2), 3, "cpu")
+        Sampler(lambda x, t: x * torch.nan, COSINE, SHAPE, SamplerConfig(steps=2, block_size=2), "cpu").block(3)
 
 
 def test_pixels_are_clamped_and_rounded():
@@ -328,17 +327,52 @@ def test_pixels_are_clamped_and_rounded():
             a = torch.from_numpy(schedules.alpha_bar(LINEAR))[t].view(-1, 1, 1, 1)
             return (x_t - a.sqrt() * level) / (1 - a).sqrt()
 
-        image = sample_block(denoise, LINEAR, (1, 2, 2), SamplerConfig(steps=5, block_size=1), 0, "cpu")
+        image = Sampler(denoise, LINEAR, (1, 2, 2), SamplerConfig(steps=5, block_size=1), "cpu").block(0)
         assert np.abs(image.astype(int) - pixel).max() <= (level == 0.0)
 
 
 def test_progress_counts_images():
     done = []
     config = SamplerConfig(steps=1, block_size=4)
-    sample_images(lambda x, t: x, COSINE, SHAPE, config, 2, 7, "cpu", progress=done.append)
+    Sampler(lambda x, t: x, COSINE, SHAPE, config, "cpu").images(2, 7, progress=done.append)
     assert done == [2, 6, 7]
 
 
 def test_negative_ranges_are_refused():
     with pytest.raises(ValueError, match=r"first >= 0 and count >= 0 must hold.*first=-1"):
-        sample_images(lambda x, t: x, COSINE, SHAPE, SamplerConfig(), -1, 2, "cpu")
+        Sampler(lambda x, t: x, COSINE, SHAPE, SamplerConfig(), "cpu").images(-1, 2)
+
+
+def test_auto_is_bf16_on_gpus_alone_and_part_of_what_the_images_are():
+    assert SamplerConfig().on("cuda") == SamplerConfig(bf16=True)
+    assert SamplerConfig().on("cpu") == SamplerConfig(bf16=False)
+    assert SamplerConfig(bf16=False).on("cuda") == SamplerConfig(bf16=False)
+
+
+def test_bf16_is_of_the_model_alone_and_changes_images_by_its_rounding(unet):
+    seen = set()
+    hook = unet.conv_out.register_forward_hook(lambda module, x, output: seen.add(output.dtype))
+    exact, rounded = (
+        Sampler(unet, LINEAR, SHAPE, SamplerConfig(name="ddpm", steps=10, block_size=4, bf16=bf16), "cpu").denoised(0)
+        for bf16 in (False, True)
+    )
+    hook.remove()
+    assert seen == {torch.float32, torch.bfloat16}
+    assert exact.dtype == rounded.dtype == torch.float32
+    assert 0 < (exact - rounded).abs().mean() < 2**-6  # bf16 has 8 bits
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_on_cuda_a_graph_draws_the_same_images_also_after_its_weights_change(unet, bf16, capfd):
+    config = SamplerConfig(name="ddpm", steps=10, block_size=4, bf16=bf16)
+    model = copy.deepcopy(unet).cuda()
+    graphed, eager = (Sampler(model, LINEAR, SHAPE, config, "cuda") for _ in range(2))
+    eager._fast = eager._eager
+    for block in range(3):
+        np.testing.assert_array_equal(graphed.block(block), eager.block(block))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+    assert graphed._fast.__name__ == "replay"
+    assert "no CUDA graph" not in capfd.readouterr().out

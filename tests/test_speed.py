@@ -4,6 +4,7 @@ import contextlib
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -128,10 +129,11 @@ class Recorder(TorchDispatchMode):
 
 @pytest.fixture
 def _graphs_on_the_cpu(monkeypatch):
-    """torch's own make_graphed_callables; only what needs a GPU beneath it is replaced."""
+    """The graphs' own code; only what needs a GPU beneath it is replaced."""
     monkeypatch.setattr("torch.cuda.graphs.graph_pool_handle", lambda: None)
     monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
-    monkeypatch.setattr("torch.cuda.Stream", lambda: None)
+    monkeypatch.setattr("torch.cuda.Stream", mock.MagicMock)
+    monkeypatch.setattr("torch.cuda.current_stream", mock.MagicMock)
     monkeypatch.setattr("torch.cuda.stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr("torch.cuda.CUDAGraph", Recorder)
     monkeypatch.setattr("torch.cuda.graph", lambda graph, **_: graph)
@@ -153,3 +155,31 @@ def test_a_graph_changes_only_rounding_also_where_gradients_are_accumulated(micr
     for step in range(6):
         for ours, theirs in zip(graphed(step), eager(step), strict=True):  # loss and gradient norm
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("_graphs_on_the_cpu")
+def test_a_replayed_model_sees_what_it_is_given_and_keeps_nothing_of_it():
+    network = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 3))
+
+    def denoise(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return network(x_t) * t[:, None]
+
+    inputs = [(torch.randn(2, 3), torch.tensor([step, step + 1])) for step in range(1, 4)]
+    with torch.no_grad():
+        fast = speed.replayed(denoise, *inputs[0])
+        assert fast is not denoise
+        drawn = [fast(*each) for each in inputs]  # all kept: none is another's memory
+        for ours, each in zip(drawn, inputs, strict=True):
+            torch.testing.assert_close(ours, denoise(*each), rtol=0, atol=0)
+        network[0].weight.mul_(2)
+        torch.testing.assert_close(fast(*inputs[0]), denoise(*inputs[0]), rtol=0, atol=0)
+
+
+def test_sampling_goes_on_without_a_graph_that_cannot_be_had(monkeypatch, capsys):
+    def no_stream() -> None:
+        raise RuntimeError("CUDA error: operation not permitted\nmore of it")
+
+    monkeypatch.setattr("torch.cuda.current_stream", no_stream)
+    assert speed.replayed(torch.mul, torch.ones(1), torch.ones(1)) is torch.mul
+    line = "no CUDA graph of the model, sampling without: RuntimeError: CUDA error: operation not permitted\n"
+    assert capsys.readouterr().out == line

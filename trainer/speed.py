@@ -78,5 +78,32 @@ def graphed(denoise: Any, inputs: Inputs, autocast: Autocast) -> Any:
         return denoise
 
 
+def replayed(denoise: Callable[..., torch.Tensor], x_t: torch.Tensor, t: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """`denoise` without gradients as a CUDA graph for inputs like these; itself where capturing fails."""
+    x_t, t = x_t.clone(), t.clone()
+    try:
+        current, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        beside.wait_stream(current)
+        with torch.cuda.stream(beside):  # libraries choose and allocate at their first calls, which a graph must not
+            for _ in range(2):
+                denoise(x_t, t)
+        current.wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the thread that uploads checkpoints may go on using the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = denoise(x_t, t)
+    except RuntimeError as error:
+        print(f"no CUDA graph of the model, sampling without: {_first_line(error)}", flush=True)
+        return denoise
+
+    def replay(next_x_t: torch.Tensor, next_t: torch.Tensor) -> torch.Tensor:
+        x_t.copy_(next_x_t)
+        t.copy_(next_t)
+        graph.replay()
+        return output.clone()  # the next replay writes there
+
+    return replay
+
+
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
