@@ -2,12 +2,14 @@
 
     python -m benchmarks.demo
 
-Runs in a folder and a HOME of its own, so that nothing is cached. Fails where the demo's bars are not met.
+Runs in a folder and a HOME of its own, so that nothing is cached, and draws docs/images/report.png where there is a
+Chromium. Fails where the demo's bars are not met.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,7 +17,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.common import provenance, write
+from benchmarks.common import RESULTS, provenance, write
 from search import config
 
 LIMITS = {"seconds": 360.0, "frechet_share": 0.10, "score_share": 0.85, "held_out_accuracy": 0.985}
@@ -35,6 +37,10 @@ def main() -> None:
         listed = subprocess.run((*command, "status", f"{folder}/demo", "--json"), capture_output=True, check=True)
         trials = json.loads(listed.stdout)
         ranking = json.loads(Path(folder, "demo", "ranking.json").read_text())
+        if chromium := shutil.which("chromium"):
+            options = ("--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1200,1750")
+            shot = f"--screenshot={RESULTS.parent / 'images' / 'report.png'}"
+            subprocess.run((chromium, *options, shot, f"file://{folder}/demo/report/index.html"), check=True)
 
     winner, real, noise = ranking["trials"][0], ranking["real"], ranking["noise"]
     same = winner["at_real_n"]  # the winner at as many images as there are real ones
