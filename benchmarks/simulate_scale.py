@@ -97,6 +97,7 @@ def simulate(workers: int, trials: int) -> dict[str, Any]:
             driver_counts=True,
             changed=view.changed,
         )
+        records.flush()  # or it is written while the folder is being removed
         states = [row.state for row in records]
     suggestions = np.array(done.driver["suggest"])
     tenths = [1e3 * float(part.mean()) for part in np.array_split(suggestions, 10)]

@@ -16,7 +16,6 @@ from evaluation.events import Events
 from evaluation.report_words import (
     METRICS,
     STATES,
-    as_read,
     chance,
     count,
     fixed,
@@ -53,9 +52,6 @@ def render(
     lines that make this run again. versions: package → version. ended: why the search ended, where it did.
     confirming_seconds: workers' time that the trainings from new seeds took. All text is escaped.
     """
-    rows = [as_read(row, config) for row in rows]
-    if ranking is not None:
-        ranking = ranking | {"trials": [as_read(entry, config) for entry in ranking["trials"]]}
     ranked = {entry["trial"]: entry for entry in (ranking or {}).get("trials", [])}
     metric = analysis.deciding_metric(config, rows)
     best = next((trial for trial, entry in ranked.items() if entry["rank"] == 1), _leader(rows, metric))

@@ -16,27 +16,12 @@ STATES = {
 SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "dpm++": "DPM-Solver++"}
 
 
-def label(row: Mapping[str, Any], space: str = "alpha_bar") -> str:
-    """cosine(0, 1, tau 1): the schedule of a row of the trials table or of ranking.json.
-
-    space: how the base training reads a schedule, where the row's own settings do not say.
-    """
+def label(row: Mapping[str, Any]) -> str:
+    """cosine(0, 1, tau 1): the schedule of a row of the trials table or of ranking.json."""
     # A screened schedule may break a law, and is named like any other: so its values are not checked.
-    space = (row.get("settings") or {}).get("schedule.space", space)
+    space = (row.get("settings") or {}).get("schedule.space", "alpha_bar")
     own = {name: row[name] for name in ("family", "start", "end", "tau")}
     return ScheduleConfig.model_construct(**own | {"space": space}).label()
-
-
-def base_space(config: Mapping[str, Any]) -> str:
-    """How the base training of a config.yaml, perhaps of another version, reads a schedule."""
-    return str(config["train"].get("schedule", {}).get("space", "alpha_bar"))
-
-
-def as_read(row: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The row, whose settings say that its schedule is read as beta where the base training has that for all."""
-    if base_space(config) == "alpha_bar":
-        return row
-    return row | {"settings": {"schedule.space": "beta"} | (row.get("settings") or {})}
 
 
 def capitalised(text: str) -> str:

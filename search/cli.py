@@ -99,7 +99,6 @@ def _go(settings: Any, place: Any, splits: Any, address: str) -> None:
 def status(path: RunPath, as_json: Json = False) -> None:
     """The trials of a run, while it works and after."""
     from evaluation.analysis import deciding_metric
-    from evaluation.report_words import base_space
     from search import budget, tables
     from search.runs import confirmations, read_ranking, read_run
 
@@ -111,15 +110,15 @@ def status(path: RunPath, as_json: Json = False) -> None:
         print(json.dumps([vars(row) | {"repeats": parent} for parent, row in found], indent=2))
         return
     metric = deciding_metric(settings, [vars(row) for row in rows])
-    epochs, space = settings["train"]["epochs"], base_space(settings)
-    console.print(tables.trials_table(rows, metric, epochs, space=space))
+    epochs = settings["train"]["epochs"]
+    console.print(tables.trials_table(rows, metric, epochs))
     if ended := budget.read(place).get("ended"):
         console.print(f"The search ended: {ended}.")
     if repeats:
-        again = tables.trials_table([row for _, row in repeats], metric, epochs, space=space)
+        again = tables.trials_table([row for _, row in repeats], metric, epochs)
         console.print("\nThe best, trained again from new seeds:", again)
     if ranking := read_ranking(place):
-        console.print("", tables.ranking_table(ranking, space))
+        console.print("", tables.ranking_table(ranking))
 
 
 @app.command()
@@ -151,11 +150,10 @@ def evaluate(
 @app.command()
 def rank(path: RunPath, as_json: Json = False) -> None:
     """The ranking, with confidence intervals and ties."""
-    from evaluation.report_words import base_space
     from search import tables
     from search.runs import read_ranking, read_run
 
-    settings, place, _ = read_run(path)
+    _, place, _ = read_run(path)
     ranking = read_ranking(place)
     if ranking is None:
         raise UserError(
@@ -164,7 +162,7 @@ def rank(path: RunPath, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(ranking, indent=2))
     else:
-        console.print(tables.ranking_table(ranking, base_space(settings)), tables.ranking_notes(ranking), sep="\n")
+        console.print(tables.ranking_table(ranking), tables.ranking_notes(ranking), sep="\n")
 
 
 @app.command()

@@ -131,6 +131,12 @@ class SearchConfig(Config):
         """Trainings from new seeds, at most."""
         return min(self.final.confirm.top, self.final.top, self.trials) * self.final.confirm.seeds
 
+    @property
+    def choices(self) -> dict[str, tuple[Any, ...]]:
+        """`space.train`. Where the base training reads schedules as beta, every trial's settings say so."""
+        as_beta: dict[str, tuple[Any, ...]] = {"schedule.space": ("beta",)}
+        return (as_beta if self.train.schedule.space == "beta" else {}) | self.space.train
+
     def training(self, settings: Mapping[str, Any]) -> TrainConfig:
         """The base training with settings such as {batch_size: 32, model.channels: […]}; a group is laid over its own.
 

@@ -32,8 +32,7 @@ def finish(config: SearchConfig, run: Storage, records: Records, splits: Splits,
     """Report, export and samples of the winner, from what the final stage left."""
     ranked = read_ranking(run)
     if ranked:
-        table = tables.ranking_table(ranked, config.train.schedule.space)
-        console.print(table, tables.ranking_notes(ranked), "", sep="\n")
+        console.print(tables.ranking_table(ranked), tables.ranking_notes(ranked), "", sep="\n")
     write_report(config, run, records, splits, ranked)
     console.print(f"Report:   {run.at(REPORT).uri}")
     winner = _winner(ranked) if ranked else None

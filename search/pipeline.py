@@ -152,8 +152,7 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
             )
             ended = tuner.search(config, run, records, scorer, placement, allowed, interrupt, console)
             console.print(f"The search ended: {ended}.")
-            space = config.train.schedule.space
-            table = tables.trials_table(records, scorer.metric, config.train.epochs, space=space)
+            table = tables.trials_table(records, scorer.metric, config.train.epochs)
             console.print(table, *tables.reasons(records), "", sep="\n")
         else:
             tuner.tidy(run, records)

@@ -182,7 +182,6 @@ def describe(config: SearchConfig, metric: str) -> dict[str, Any]:
         for family in config.space.families
     }
     return {
-        "read_as": config.train.schedule.space,
         "space": families,
         "choices": {name: list(values) for name, values in config.space.train.items()},
         "known_points": known,
@@ -206,7 +205,7 @@ def show(plan: dict[str, Any], console: Console) -> None:
     console.print("Known points, tried first")
     for point in plan["known_points"]:
         said = next((f"{key}: {point[key]}" for key in ("screened", "reused") if point.get(key)), "passes the screen")
-        console.print(f"  {label(point, plan['read_as']):<32}{said}")
+        console.print(f"  {label(point):<32}{said}")
     console.print(
         f"Trials           {plan['trials']}, {plan['trials_at_once']} at once, {plan['steps']:,} steps "
         f"({plan['epochs']} epochs) each\n"

@@ -59,7 +59,7 @@ def parameters(config: SearchConfig, family: str) -> dict[str, Searched]:
 
 def choices_of(config: SearchConfig) -> dict[str, list[Any]]:
     """The further settings of a training by Optuna's names, with their choices as Optuna takes them."""
-    return {f"train.{name}": [_as_choice(value) for value in values] for name, values in config.space.train.items()}
+    return {f"train.{name}": [_as_choice(value) for value in values] for name, values in config.choices.items()}
 
 
 def _as_choice(value: Any) -> Any:
@@ -85,7 +85,7 @@ def known_params(config: SearchConfig, point: KnownPoint) -> Params:
     params["learning_rate"] = base.learning_rate if point.learning_rate is None else point.learning_rate
     params["dropout"] = base.dropout if point.dropout is None else point.dropout
     settings = dict(point.train)
-    for name, values in config.space.train.items():
+    for name, values in config.choices.items():
         # the choice that the base training has made, where it is one
         made = [value for value in values if config.training({name: value}) == base]
         if name not in settings and made:

@@ -62,10 +62,8 @@ class FittedTable:
         yield table
 
 
-def trials_table(
-    rows: Iterable[Row], metric: str, epochs: int, limit: int | None = None, space: str = "alpha_bar"
-) -> FittedTable:
-    """The trials, best first. space: how the base training reads a schedule."""
+def trials_table(rows: Iterable[Row], metric: str, epochs: int, limit: int | None = None) -> FittedTable:
+    """The trials, best first."""
     rows, both = list(rows), metric != "score"
     varied = any(row.settings for row in rows)
     table = FittedTable(
@@ -80,7 +78,7 @@ def trials_table(
         settings = ", ".join(f"{name} {value}" for name, value in row.settings.items())
         values = [last.get(metric)] + ([last.get("score")] if both else [])
         table.add_row(
-            row.trial, label(vars(row), space), f"{row.learning_rate:.1e}", f"{row.dropout:.2f}",
+            row.trial, label(vars(row)), f"{row.learning_rate:.1e}", f"{row.dropout:.2f}",
             *([settings] if varied else []), f"{row.epoch}/{epochs}",
             *("–" if value is None else f"{value:.4g}" for value in values), f"{row.worker_seconds:.0f}",
             Text(row.state, style=STATE_STYLE.get(row.state, "")), Text(row.reason or "", style="dim"),
@@ -114,8 +112,8 @@ def reasons(rows: Iterable[Row]) -> list[Text]:
     return [Text(f"{row.trial} {row.state}: {row.reason}", style="dim") for row in told[-SHOWN:]]
 
 
-def ranking_table(ranking: dict[str, Any], space: str = "alpha_bar") -> FittedTable:
-    """ranking.json as a table, with the real images above and the noise below. space: as of `trials_table`."""
+def ranking_table(ranking: dict[str, Any]) -> FittedTable:
+    """ranking.json as a table, with the real images above and the noise below."""
     score_name = ranking["score_name"]
     table = FittedTable(
         Column("rank"), Column("trial", "left"), Column("schedule", "left"), Column("lr", leaves=6),
@@ -136,7 +134,7 @@ def ranking_table(ranking: dict[str, Any], space: str = "alpha_bar") -> FittedTa
         start = [
             str(row["rank"] or "–"),
             row["trial"],
-            label(row, space),
+            label(row),
             f"{row['learning_rate']:.1e}",
             f"{row['dropout']:.2f}",
         ]

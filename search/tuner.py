@@ -82,7 +82,7 @@ def search(
     Raises KeyboardInterrupt where the user interrupted it: running trials stay `running` in the record.
     """
     train = config.train
-    view = SearchView(console, records, scorer.metric, train.epochs, config.trials, train.schedule.space)
+    view = SearchView(console, records, scorer.metric, train.epochs, config.trials)
     ended = None
     try:
         with view.shown():

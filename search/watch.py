@@ -17,11 +17,8 @@ from search.tables import SHOWN, STATE_STYLE, reasons, trials_table
 class SearchView:
     """The trials of a running search: live in a terminal, a line a finished trial elsewhere."""
 
-    def __init__(
-        self, console: Console, records: Records, metric: str, epochs: int, trials: int, space: str = "alpha_bar"
-    ):
+    def __init__(self, console: Console, records: Records, metric: str, epochs: int, trials: int):
         self.console, self.records, self.metric, self.epochs, self.trials = console, records, metric, epochs, trials
-        self.space = space
         self.began = time.monotonic()
         self.epochs_before = sum(row.epoch for row in records)
         self.said = {row.trial: row.state for row in records}
@@ -47,7 +44,7 @@ class SearchView:
         return unstarted * length + sum(max(length - epoch, 0.0) for epoch in left)
 
     def __rich__(self) -> Group:
-        table = trials_table(self.records, self.metric, self.epochs, SHOWN, self.space)
+        table = trials_table(self.records, self.metric, self.epochs, SHOWN)
         return Group(table, *reasons(self.records), Text(self.summary(), style="bold"))
 
     def changed(self) -> None:
@@ -60,8 +57,7 @@ class SearchView:
             self.said[row.trial] = row.state
             if row.state not in OPEN:
                 self.console.print(
-                    f"{row.trial}  {label(vars(row), self.space)}  {row.state}"
-                    + (f": {row.reason}" if row.reason else "")
+                    f"{row.trial}  {label(vars(row))}  {row.state}" + (f": {row.reason}" if row.reason else "")
                 )
 
     @contextlib.contextmanager

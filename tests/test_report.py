@@ -339,10 +339,9 @@ def test_steps_are_those_that_trials_took_where_their_schedules_have_fewer(steps
     assert said in report_tables.ranking_table(ranked)
 
 
-def test_a_schedule_that_the_whole_search_reads_as_beta_is_called_so():
-    schedule = "train.schedule={family: cosine, start: 0, end: 1, space: beta}"
-    changed = config.load("digits", [schedule, "known_points=[]"]).model_dump(mode="json")
-    text = Page(render([row("t1")], ranking(entry(1, "t1")), samples={"t1": IMAGES}, config=changed)).text
+def test_a_schedule_that_is_read_as_beta_is_called_so():
+    as_beta = {"settings": {"schedule.space": "beta"}}
+    text = Page(render([row("t1", **as_beta)], ranking(entry(1, "t1", **as_beta)), samples={"t1": IMAGES})).text
     assert "cosine(0, 1, tau 1) as beta" in text
     assert text.count("cosine(0, 1, tau 1)") == text.count("cosine(0, 1, tau 1) as beta")
 

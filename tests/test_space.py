@@ -161,6 +161,15 @@ def test_a_dropped_rate_is_the_base_training_s():
     assert "learning_rate" not in trial.params
 
 
+def test_where_the_base_training_reads_schedules_as_beta_every_row_says_so():
+    config = load("digits", ["train.schedule={family: cosine, start: 0, end: 1, space: beta}"])
+    known = [space.known_params(config, point) for point in config.known_points if point.family != "linear"]
+    for params in (asked(0, config)[1], *known):
+        assert space.flat(params)["settings"] == {"schedule.space": "beta"}
+        assert space.contains(config, params)
+    assert all("schedule.space" not in space.flat(asked(0, load("digits"))[1])["settings"] for _ in range(3))
+
+
 def test_a_known_point_s_settings_are_laid_over_its_own_schedule():
     """cosine read as beta, though the base training's linear schedule cannot be."""
     config = load("study-digits")
