@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.export import PROVENANCE, TORCH_EXPORT
-from evaluation.report_words import chance
+from evaluation.report_words import chance, sampler_words
 from trainer.checkpoint import Checkpoint
 from trainer.config import DataConfig, ModelConfig, Weights
 from trainer.published import PUBLISHED
@@ -127,8 +127,8 @@ def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial
     score, frechet, real, same = entry["score"], entry["frechet"], ranking["real"], entry["at_real_n"]
     name, images, real_n = ranking["score_name"], f"{ranking['images']:,} images", f"{real['n']:,}"
     tied = ", ".join(entry["tied_with"]) or "no other"
-    drawn = ranking["sampler"] | ({"steps": entry["steps"]} if entry.get("steps") else {})  # a schedule may have fewer
-    sampler = ", ".join(f"{key} {value}" for key, value in drawn.items())
+    # a schedule may have fewer steps
+    sampler = sampler_words(ranking["sampler"] | ({"steps": entry["steps"]} if entry.get("steps") else {}))
     this, of = "this model", "of this trained model, not of its configuration"
     if entry["confirmed"]:
         this, of = f"the configuration, mean of {len(entry['seeds'])} new seeds", "of the configuration"
@@ -147,7 +147,7 @@ def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial
         "",
         *(f"- {line}" for line in own),
         *([""] if own else []),
-        f"Judged by {ranking['extractor']}; splits of {ranking['split_size']:,} images; sampler {sampler}.",
+        f"Judged by {ranking['extractor']}; splits of {ranking['split_size']:,} images; {sampler}.",
     ]
 
 

@@ -208,14 +208,16 @@ def score(
         Path, typer.Argument(metavar="IMAGES", help="A folder of images, an .npz, or a Parquet file.", callback=home)
     ],
     extractor: Annotated[str, typer.Option(help="inception, or the folder of a stored classifier.")] = "inception",
-    weights: Annotated[Path | None, typer.Option(help="torch-fidelity's Inception weights.", callback=home)] = None,
+    inception_weights: Annotated[
+        Path | None, typer.Option(help="torch-fidelity's weights; by default they are downloaded.", callback=home)
+    ] = None,
     split_size: Annotated[int, typer.Option(min=2)] = 5000,
     as_json: Json = False,
 ) -> None:
     """Score images, or stored `logits` or `probabilities` (N, K) in an .npz, which need no extractor."""
     from search import verbs
 
-    verbs.score(images, extractor, weights, split_size, as_json, console)
+    verbs.score(images, extractor, inception_weights, split_size, as_json, console)
 
 
 @app.command()

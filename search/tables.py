@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from evaluation.report_words import chance, label, what_intervals_say
+from evaluation.report_words import chance, label, sampler_words, what_intervals_say
 from search.records import Row
 
 SHOWN = 16  # rows of the live table
@@ -170,10 +170,9 @@ def ranking_notes(ranking: dict[str, Any]) -> str:
     """What the numbers of a ranking depend on, in a line or two."""
     # Fewer than the sampler's were taken where a schedule has no more; a ranking of an earlier version does not say.
     drawn = ranking["sampler"] | {name: ranking[name] for name in ("steps",) if name in ranking}
-    sampler = ", ".join(f"{name} {value}" for name, value in drawn.items())
     dropped = f", {ranking['dropped']} images left over" if ranking.get("dropped") else ""
     return (
         f"{ranking['score_name']} of {ranking['images']:,} images in splits of {ranking['split_size']:,}{dropped}; "
-        f"extractor {ranking['extractor']}; {ranking.get('weights', 'ema')} weights; sampler {sampler}.\n"
+        f"extractor {ranking['extractor']}; {ranking.get('weights', 'ema')} weights; {sampler_words(drawn)}.\n"
         + what_intervals_say(ranking)
     )

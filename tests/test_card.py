@@ -147,7 +147,7 @@ def test_card_states_parameters_scores_with_intervals_and_cost():
     }
     ranking = {
         **{"score_name": "classifier score", "images": 10_000, "split_size": 5_000},
-        "sampler": {"name": "ddim", "steps": 50, "seed": 3},
+        "sampler": {"name": "ddim", "steps": 50, "eta": 0.0, "seed": 3},
         **{"extractor": "classifier of digits", "real": {"n": 360, "score": 9.77, "frechet": 1.25}, "trials": [entry]},
     }
     said = card(ranking, entry)
@@ -157,7 +157,7 @@ def test_card_states_parameters_scores_with_intervals_and_cost():
     assert "| real held-out images, 360 | 9.770 | 1.250 |" in said
     assert "2 worker-hours" in said
     assert "best with probability > 0.99; tied with t0." in said  # a simulation is never sure
-    assert "splits of 5,000 images; sampler name ddim, steps 20, seed 3." in said  # T has no more
+    assert "splits of 5,000 images; DDIM, 20 steps, eta 0, seed 3." in said  # T has no more
 
 
 def test_card_of_a_trial_that_was_not_scored_says_so():
