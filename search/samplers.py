@@ -90,14 +90,14 @@ def make(config: SearchConfig, drawn: int) -> BaseSampler:
     """
     name, options = SHORT.get(config.searcher.name, config.searcher.name), config.searcher.options
     named = {n: c for n, c in vars(optuna.samplers).items() if inspect.isclass(c) and issubclass(c, BaseSampler)}
-    known = sorted(name for name, sampler in named.items() if not inspect.isabstract(sampler))
-    if name not in known:
-        raise UserError(f"searcher must be tpe, random, or one of {', '.join(known)}, but is {config.searcher.name!r}")
     if name == "GridSampler":
         raise UserError(
             "searcher GridSampler numbers its points, and would try again those that run, were known points, or came "
             "before a resume; for a space of choices there is BruteForceSampler"
         )
+    known = sorted(name for name, sampler in named.items() if not inspect.isabstract(sampler) and name != "GridSampler")
+    if name not in known:
+        raise UserError(f"searcher must be tpe, random, or one of {', '.join(known)}, but is {config.searcher.name!r}")
     takes = inspect.signature(named[name]).parameters
     if unknown := options.keys() - takes.keys():
         raise UserError(
