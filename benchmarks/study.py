@@ -142,7 +142,7 @@ def table(result: dict[str, Any]) -> str:
             continue
         lines.append(
             f"| {number[row['trial']]} | {row['label']} | {interval(row['score']['mean'], row['score']['ci'], 3)} | "
-            f"{interval(row['frechet']['value'], row['frechet']['ci'], 2)} | {row['p_best']:.2f} | "
+            f"{interval(row['frechet']['value'], row['frechet']['ci'], 2)} | {report_words.chance(row['p_best'])} | "
             f"{', '.join(number[other] for other in row['tied_with']) or '–'} | {reported} |"
         )
     for name in ("real", "noise"):
