@@ -5,10 +5,13 @@ import json
 import sys
 import time
 
+import numpy as np
 import pytest
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from scipy import stats
 
-from benchmarks import curves, replay, soak, study, tables
+from benchmarks import curves, replay, soak, study, study_units, tables
+from search.config import load
 from search.records import Records
 from trainer.storage import Storage
 
@@ -114,6 +117,63 @@ def test_the_study_s_table_is_made_of_its_results():
     for path in results:
         result = json.loads(path.read_text())
         assert study.page(document, path.stem, result) == document, f"python -m benchmarks.study of {path.name}"
+
+
+def units_of(scores: dict[int, list[float]]) -> list[dict]:
+    """Units of rows of these scores, as `study_units` writes them."""
+    alike = dict.fromkeys(study_units.SHARED, 1) | {"score_name": "score"}
+    alike |= {name: {"n": 10, "score": 9.0, "frechet": 0.1} for name in ("real", "noise")}
+    own = {
+        "frechet_variance": 0.01,
+        "score_variance": 1e-4,
+        "plain": True,
+        "commit": "c",
+        "device": "CPU",
+        "seconds": {},
+    }
+    return [
+        alike | own | {"row": row, "seed": seed, "label": f"row {row}", "score": score, "frechet": 20 - score}
+        for row, values in scores.items()
+        for seed, score in enumerate(values)
+    ]
+
+
+def test_single_trainings_are_joined_to_the_study_s_table():
+    config = load("study-cifar10")
+    result = study_units.joined(config, units_of({1: [5.0, 5.2, 5.1], 2: [8.0, 8.1, 7.9], 3: [8.05, 8.1, 8.0]}))
+    assert [row["trial"] for row in result["rows"]] == ["3", "2", "1"]
+    assert result["rows"][0]["tied_with"] == ["2"]
+    assert result["rows"][2]["tied_with"] == []
+    last = result["rows"][2]["frechet"]
+    spread = np.mean([np.var(values, ddof=1) for values in ([5.0, 5.2, 5.1], [8.0, 8.1, 7.9], [8.05, 8.1, 8.0])])
+    half = stats.t.ppf(0.975, 6) * np.sqrt(spread / 3)  # three alike spreads are one, of six degrees of freedom
+    assert last["ci"] == pytest.approx([20 - 5.1 - half, 20 - 5.1 + half])
+    assert study.table(result).count("\n") == 6
+    differing = units_of({1: [5.0]}) + [unit | {"images": 2} for unit in units_of({2: [6.0]})]
+    with pytest.raises(SystemExit, match="differ in images"):
+        study_units.joined(config, differing)
+
+
+@pytest.mark.slow
+def test_a_single_training_of_a_study_is_trained_drawn_and_scored():
+    small = (
+        "train.epochs=1",
+        "train.data.subset=400",
+        "final.images=60",
+        "final.split_size=30",
+        "final.sampler.steps=3",
+    )
+    config = load("study-digits", list(small))
+    units = []
+    for row, seed in ((1, 1), (3, 1)):
+        unit, images = study_units.unit(config, row, seed)
+        units.append(json.loads(json.dumps(unit)))
+        assert images.shape == (24, 8, 8, 1)
+        assert unit["score_variance"] > 0
+    assert [unit["label"] for unit in units] == ["linear(0.0001, 0.02)", "cosine(0, 1, tau 1), no EMA"]
+    table = study.table(study_units.joined(config, units))
+    assert "no EMA" in table
+    assert "5.597" in table
 
 
 @pytest.mark.slow
