@@ -59,7 +59,7 @@ def render(
     epoch = analysis.comparable_epoch(rows, metric)
     title = f"Search {run_name}"
     sections = {
-        "What was asked": _asked(config, real_samples, metric),
+        "What was asked": _asked(config, rows, real_samples, metric),
         "Ranking": report_tables.ranking_table(ranking),
         "Images": report_images.final_grids(rows, ranked, samples, lost, real_samples)
         + report_images.rung_grids(config, rows, best, metric, events),
@@ -158,7 +158,7 @@ def _verdict(ranking: Mapping[str, Any]) -> str:
     return text + f'<p class="quiet">{escape(what_intervals_say(ranking))}</p>'
 
 
-def _asked(config: Mapping[str, Any], real_samples: np.ndarray | None, metric: str) -> str:
+def _asked(config: Mapping[str, Any], rows: Sequence[Row], real_samples: np.ndarray | None, metric: str) -> str:
     train, stopping, final, space = (config[name] for name in ("train", "early_stopping", "final", "space"))
 
     families = []
@@ -183,11 +183,14 @@ def _asked(config: Mapping[str, Any], real_samples: np.ndarray | None, metric: s
         f"{number(v)} {n.replace('_', '-')}" for n, v in (config.get("budget") or {}).items() if v and "hours" in n
     ]
     known = [f"{count(len(config['known_points']), 'known point')} first"] if config["known_points"] else []
+    searched = "; ".join([*families, *rest])
+    if config["trials"] <= len(config["known_points"]) and all(row["source"] == "known" for row in rows):
+        searched = "nothing: the known points alone"
     asked = {
         "Data": ", ".join(data),
         "Training": f"{train['epochs']:,} epochs of batches of {train['batch_size']:,}, T = "
         f"{train['schedule']['steps']:,}, U-Net of {', '.join(map(str, train['model']['channels']))} channels",
-        "Searched": "; ".join([*families, *rest]),
+        "Searched": searched,
         "Budget": ", ".join(budget + known),
         "Stopped early": stopped if rule and rungs else "never",
         "Final stage": f"the best {final['top']:,}, {final['images']:,} images each: {sampler_words(final['sampler'])}",

@@ -217,6 +217,14 @@ def test_cost_says_what_was_spent_saved_and_idle():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("source", "searched"), [("known", False), ("suggested", True)])
+def test_nothing_is_said_to_be_searched_where_known_points_were_tried_alone(source, searched):
+    asked = CONFIG | {"trials": len(CONFIG["known_points"])}
+    text = Page(render([row("t1", source=source)], config=asked)).text
+    assert ("Searched linear (" in text) == searched
+    assert ("Searched nothing: the known points alone" in text) != searched
+
+
 def test_confirmations_are_counted_by_themselves():
     assert "from new seeds took" not in Page(render(ROWS)).text
     assert (
