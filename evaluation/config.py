@@ -7,6 +7,7 @@ from pydantic import Field, field_validator
 
 from trainer.config import Config, Seed, Switch, Weights, absolute
 
+SamplerName = Literal["ddpm", "ddim", "dpm++"]
 Metric = Literal["frechet", "score", "grid_loss"]  # what is measured at a rung, and may decide there
 
 
@@ -19,7 +20,7 @@ def rung_epochs(fractions: Iterable[float], epochs: int) -> list[int]:
 class SamplerConfig(Config):
     """One sampler for all trials of a ranking."""
 
-    name: Literal["ddpm", "ddim", "dpm++"] = "ddim"
+    name: SamplerName = "ddim"
     steps: int = Field(50, ge=1, description="denoising steps; cut to the schedule's T where that is smaller")
     spacing: Literal["trailing", "leading", "linspace"] = Field(
         "trailing", description="which steps are visited; only trailing starts at pure noise whatever their number"

@@ -3,16 +3,17 @@
 import json
 import os
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from evaluation.config import SamplerName
 from search import cluster_verbs, schedule_verbs
 from search.config import UserError, load
 from search.options import Address, Json, Set, console, home
+from trainer.config import SEEDS, Weights
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,14 +27,10 @@ app.add_typer(cluster_verbs.app, name="cluster")
 
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped name such as digits.")]
 RunPath = Annotated[str, typer.Argument(metavar="PATH", help="The folder of a run, such as runs/digits.")]
-Weights = Enum("Weights", {"ema": "ema", "raw": "raw"})
-Sampler = Enum("Sampler", {"ddpm": "ddpm", "ddim": "ddim", "dpm++": "dpm++"})
 
 
 def _given(**options: Any) -> dict[str, Any]:
-    """Those that were given, a choice as its text."""
-    given = {name: value for name, value in options.items() if value is not None}
-    return {name: value.value if isinstance(value, Enum) else value for name, value in given.items()}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @app.command()
@@ -127,7 +124,7 @@ def evaluate(
     top: Annotated[int | None, typer.Option(min=1, help="Trials that are scored.")] = None,
     images: Annotated[int | None, typer.Option(min=2, help="Images a trial.")] = None,
     weights: Annotated[Weights | None, typer.Option(help="raw: as trained, without the moving average.")] = None,
-    sampler: Annotated[Sampler | None, typer.Option()] = None,
+    sampler: Annotated[SamplerName | None, typer.Option()] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     address: Address = "local",
 ) -> None:
@@ -184,7 +181,7 @@ def export(
     """A trial's model as a folder that diffusers loads."""
     from search import outcome
 
-    outcome.export_again(path, trial, out, weights.value if weights else None, torch_export, console)
+    outcome.export_again(path, trial, out, weights, torch_export, console)
 
 
 @app.command()
@@ -192,9 +189,9 @@ def sample(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An exported folder.", callback=home)],
     out: Annotated[Path, typer.Option(help="FILE.png (a grid), FILE.npz, or a folder of PNG files.", callback=home)],
     images: Annotated[int, typer.Option(min=1)] = 64,
-    sampler: Annotated[str, typer.Option(help="ddpm, ddim or dpm++.")] = "ddim",
+    sampler: Annotated[SamplerName, typer.Option()] = "ddim",
     steps: Annotated[int, typer.Option(min=1)] = 50,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS - 1)] = 0,
 ) -> None:
     """Images from an export."""
     from search import verbs

@@ -6,34 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 from rich.console import Console
 
+from evaluation.config import SamplerName
 from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt
-from search.space_config import explain
 
 
-def sample(folder: Path, out: Path, images: int, sampler: str, steps: int, seed: int, console: Console) -> None:
+def sample(folder: Path, out: Path, images: int, sampler: SamplerName, steps: int, seed: int, console: Console) -> None:
     """Images from an exported folder, into a file or a folder."""
     import torch
 
     from evaluation import export, files
-    from evaluation.config import SamplerConfig
     from evaluation.sampling import Sampler
     from search.watch import progress_bar
 
-    asked = {"name": sampler, "steps": steps, "seed": seed}
-    try:
-        SamplerConfig.model_validate(asked)
-    except ValidationError as error:
-        said = "; ".join(f"--{explain(e)}" for e in error.errors())
-        raise UserError(said.replace("--name:", "--sampler:")) from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         files.check_out(out)
         denoiser, betas, shape, ranked_by = export.load_export(folder)
-        settings = ranked_by.model_copy(update=asked)
+        settings = ranked_by.model_copy(update={"name": sampler, "steps": steps, "seed": seed})
         with progress_bar(console, f"Drawing {images:,} images") as progress:
             drawing = Sampler(denoiser.to(device), betas, shape, settings, device)
             drawn = drawing.images(0, images, lambda done: progress(done, images))
