@@ -23,7 +23,7 @@ from search.interrupt import Interrupt, resume_command
 from search.outcome import REPORT, finish, versions
 from search.prepare import choose_metric, reference_of
 from search.records import Records
-from search.runs import CONFIG, RANKING
+from search.runs import CONFIG, RANKING, read_ranking
 from trainer import data
 from trainer.data import Splits
 from trainer.failures import TooLittleMemoryError
@@ -163,12 +163,16 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
             evaluate(config, run, records, reference, scorer, connection, console, interrupt)
     finish(config, run, records, splits, console)
     if reference is not None:
-        _check_ranked(run)
+        check_ranked(run)
 
 
-def _check_ranked(run: Storage) -> None:
-    if not run.exists(RANKING):
+def check_ranked(run: Storage) -> None:
+    """Raises SystemExit where nothing could be ranked."""
+    ranking = read_ranking(run)
+    if ranking is None:
         raise SystemExit(f"ddpm-search: no trial came to a checkpoint: nothing to rank; see {run.at(REPORT).uri}")
+    if not any(row["rank"] for row in ranking["trials"]):
+        raise SystemExit(f"ddpm-search: no trial has a score, for the reasons above; see {run.at(REPORT).uri}")
 
 
 def _check_shared(run: Storage) -> None:
@@ -256,7 +260,7 @@ def evaluate_again(
                 )
             evaluate(asked, run, records, reference, scorer, connection, console, interrupt)
         finish(config, run, records, splits, console)
-        _check_ranked(run)
+        check_ranked(run)
 
 
 def _candidates(config: SearchConfig, records: Records, metric: str) -> list[Candidate]:

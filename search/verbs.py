@@ -18,6 +18,7 @@ def sample(folder: Path, out: Path, images: int, sampler: SamplerName, steps: in
     import torch
 
     from evaluation import export, files
+    from evaluation.report_words import count
     from evaluation.sampling import Sampler
     from search.watch import progress_bar
 
@@ -26,7 +27,7 @@ def sample(folder: Path, out: Path, images: int, sampler: SamplerName, steps: in
         files.check_out(out)
         denoiser, betas, shape, ranked_by = export.load_export(folder)
         settings = ranked_by.model_copy(update={"name": sampler, "steps": steps, "seed": seed})
-        with progress_bar(console, f"Drawing {images:,} images") as progress:
+        with progress_bar(console, f"Drawing {count(images, 'image')}") as progress:
             drawing = Sampler(denoiser.to(device), betas, shape, settings, device)
             drawn = drawing.images(0, images, lambda done: progress(done, images))
         files.write_images(drawn, out)

@@ -15,7 +15,7 @@ from evaluation import pictures, ranking_file, sampling
 from evaluation.classifier import Classifier, ClassifierNet, cached_classifier
 from evaluation.shards import Candidate, is_done, kept_images, shards_of
 from evaluation.stage import ShardWorker
-from search import outcome, prepare
+from search import outcome, pipeline, prepare
 from search.config import SearchConfig, UserError, load
 from search.records import Records
 from search.runs import CONFIG, RANKING
@@ -206,3 +206,19 @@ def test_a_report_says_by_which_command_its_ranking_was_made(finished):
     page = run.read(outcome.REPORT).decode()
     assert "ddpm-search evaluate runs/mine-again --weights raw --sampler ddpm --steps 25\n" in page
     assert f"name: {config.final.sampler.name}\n" in page  # config.yaml as it is, below the commands
+
+
+@pytest.mark.parametrize(
+    ("ranks", "said"),
+    [(None, "no trial came to a checkpoint"), ([None, None], "no trial has a score"), ([1, None], "")],
+)
+def test_a_run_of_which_nothing_could_be_ranked_has_failed(ranks, said, tmp_path):
+    run = Storage(tmp_path)
+    if ranks is not None:
+        trials = [{"trial": f"t{n}", "rank": rank} for n, rank in enumerate(ranks)]
+        run.write_json(RANKING, {"trials": trials, "score_name": "score", "images": 9, "split_size": 9})
+    if not said:
+        pipeline.check_ranked(run)
+        return
+    with pytest.raises(SystemExit, match=said):
+        pipeline.check_ranked(run)
