@@ -99,7 +99,7 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
     from evaluation.report_words import count
     from search.prepare import choose_metric, preflight, reference_of
     from search.watch import progress_bar
-    from trainer import checkpoint, local, loop
+    from trainer import checkpoint, local, loop, schedules
     from trainer.storage import Storage
 
     folder = Storage(out)
@@ -116,6 +116,8 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
     splits = preflight(config, console)
     reference = reference_of(config, splits, console, None)
     settings, metric = config.early_stopping, choose_metric(config, reference, console)
+    if reason := schedules.screen(**config.train.schedule.model_dump()):
+        console.print(f"A search would leave this schedule out: {reason}")
     done = f", from epoch {found[1].meta['epoch']}" if found else ""
     console.print(f"Training {config.train.schedule.label()} for {count(config.train.epochs, 'epoch')}{done}")
     console.print(f"TensorBoard:    tensorboard --logdir {folder.uri}")

@@ -185,6 +185,16 @@ def test_a_ranking_without_a_winner_exports_nothing(command, run_folder):
     refused(command("export", str(run_folder), "--out", "x"), "no trial", "--trial")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("end", "warned"), [(0.002, True), (0.02, False)])
+def test_a_training_of_a_schedule_that_a_search_would_screen_says_so(command, end, warned, tmp_path):
+    settings = ("train.epochs=1", "train.data.subset=100", "early_stopping.images=8", "early_stopping.sampler.steps=2")
+    chosen = (f"train.schedule.end={end}", *settings)
+    status, out, _ = command("train", "digits", "--out", str(tmp_path / "t"), *(f"--set={one}" for one in chosen))
+    assert status == 0
+    assert ("would leave this schedule out: prior KL" in out) == warned
+
+
 @pytest.mark.parametrize(
     "arguments", [("nope",), ("run",), ("run", "digits", "--nope"), ("score", "x", "--split-size", "1"),
                   ("sample", "x", "--out", "y", "--images", "0"), ("evaluate", "x", "--steps", "0"),
