@@ -13,14 +13,14 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """Commit (with + where files were changed since), machine, versions and seed."""
+    """Commit (with + where code was changed since), machine, versions and seed."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
             ("git", *arguments), cwd=RESULTS.parent.parent, capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    changed = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    changed = "+" if git("status", "--porcelain", "--untracked-files=no", "--", ":!docs") else ""
     models = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
@@ -30,6 +30,12 @@ def provenance(seed: int) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "ray", "diffusers")},
         "seed": seed,
     }
+
+
+def peak_memory_mib() -> float:
+    """Of this process alone: what getrusage tells of a fresh one is no less than its parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def write(name: str, result: dict[str, Any]) -> None:

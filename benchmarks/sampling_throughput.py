@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -22,7 +21,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import provenance, write
+from benchmarks.common import peak_memory_mib, provenance, write
 from evaluation.config import SamplerConfig
 from evaluation.sampling import Sampler, block_seed
 from trainer import model, schedules
@@ -69,14 +68,14 @@ def peaks_mib(name: str, rising_steps: list[int], device: torch.device) -> dict[
     sample = samplers(device)[name]
     sample(2)
     gpu = device.type == "cuda"
-    before = torch.cuda.memory_allocated() / 1024 if gpu else resident_peak_kib()
+    before = torch.cuda.memory_allocated() / 2**20 if gpu else peak_memory_mib()
     peaks = {}
     for steps in rising_steps:
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         sample(steps)
-        after = torch.cuda.max_memory_allocated() / 1024 if gpu else resident_peak_kib()
-        peaks[steps] = round((after - before) / 1024, 1)
+        after = torch.cuda.max_memory_allocated() / 2**20 if gpu else peak_memory_mib()
+        peaks[steps] = round(after - before, 1)
     return peaks
 
 
@@ -85,11 +84,6 @@ def memory_of(name: str, rising_steps: list[int]) -> dict[str, float]:
     steps = [str(count) for count in rising_steps]
     command = (sys.executable, "-m", "benchmarks.sampling_throughput", "--memory-of", name, "--steps", *steps)
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-
-
-def resident_peak_kib() -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def main() -> None:

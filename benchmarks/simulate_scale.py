@@ -11,7 +11,6 @@ orchestration.py.
 
 import argparse
 import json
-import resource
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from rich.console import Console
 
 from benchmarks import curves, replay
-from benchmarks.common import RESULTS, provenance, write
+from benchmarks.common import RESULTS, peak_memory_mib, provenance, write
 from search.early_stopping import RungScheduler
 from search.records import Records
 from search.searcher import HonestOptunaSearch
@@ -78,7 +77,7 @@ def simulate(workers: int, trials: int) -> dict[str, Any]:
             for epoch in scored
         ]
 
-    began_with = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began_with = peak_memory_mib()
     with (
         tempfile.TemporaryDirectory(prefix="simulate-scale-") as folder,
         Path(folder, "log").open("w") as log,
@@ -113,7 +112,7 @@ def simulate(workers: int, trials: int) -> dict[str, Any]:
         "driver_seconds": {call: sum(taken) for call, taken in done.driver.items()},
         "suggestion_ms_by_tenth_of_the_search": tenths,
         "suggestion_share_of_driver": float(suggestions.sum()) / in_all,
-        "memory_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - began_with) / 1024,
+        "memory_mib": peak_memory_mib() - began_with,
     }
 
 

@@ -49,18 +49,19 @@ def train_throughput(result: dict[str, Any]) -> str:
     device = "cpu" if result["device"] == "cpu" else "cuda"
     where = result["machine"] if device == "cpu" else result["device"]
     ours = result["round_seconds"]["ours"]
+    memory = "peak MiB of its own process" if device == "cpu" else "peak MiB on the GPU"
     rows = []
     for name, speed in result["images_per_second"].items():
         ratio = ""
         if name != "ours":
             each = [theirs / mine for theirs, mine in zip(result["round_seconds"][name], ours, strict=True)]
             ratio = f"{result['speed_ratio_to'][name]:.2f}x ({min(each):.2f}–{max(each):.2f})"
-        rows.append([names[name], f"{speed:.1f}", ratio])
+        rows.append([names[name], f"{speed:.1f}", ratio, f"{result['peak_memory_mib'][name]:,.0f}"])
     agreement = result["agreement"]
     first = f"U-Net {result['parameters'] / 1e6:.1f}M, 32x32, batch {result['batch_size']}, {where}"
     return "\n\n".join(
         [
-            _table([first, "images/s", f"this loop is faster by, median of {len(ours)} turns (range)"], rows),
+            _table([first, "images/s", f"this loop is faster by, median of {len(ours)} turns (range)", memory], rows),
             f"Their losses over {agreement['steps']} steps on the same batches differ by at most "
             f"{agreement['largest_relative_difference']:.0e} of their value "
             f"([figures](results/train_throughput_{device}.json), commit {result['commit']}, seed {result['seed']}).",

@@ -11,7 +11,6 @@ First all three take 20 steps on the same images, timesteps and noise: their los
 
 import argparse
 import io
-import resource
 import subprocess
 import sys
 import time
@@ -32,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from benchmarks.common import provenance, write
+from benchmarks.common import peak_memory_mib, provenance, write
 from trainer import data, model, parquet, step
 from trainer.config import DataConfig, ModelConfig, SpeedConfig, TrainConfig
 from trainer.failures import Worker
@@ -179,9 +178,7 @@ def makers(config: TrainConfig, source: str, device: torch.device) -> dict[str, 
 
 def peak_memory(device: torch.device) -> float:
     """MiB: of the GPU's memory, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else peak_memory_mib()
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from scipy import stats
 
-from benchmarks import curves, replay, soak, study, study_units, tables
+from benchmarks import common, curves, replay, soak, study, study_units, tables
 from search.config import load
 from search.records import Records
 from trainer.storage import Storage
@@ -104,6 +105,18 @@ def test_near_is_by_what_a_schedule_does_and_not_by_its_name(recorded):
 
 def test_the_page_is_made_of_the_results():
     assert tables.PAGE.read_text() == tables.page(), "python -m benchmarks.tables"
+
+
+def test_a_process_s_peak_is_not_its_parent_s():
+    """What getrusage tells of a fresh process is what its parent had, and three loops would seem to take the same."""
+    here = np.ones(40 * 2**20)  # 320 MiB
+    said = subprocess.run(
+        (sys.executable, "-c", "from benchmarks.common import peak_memory_mib; print(peak_memory_mib())"),
+        cwd=tables.RESULTS.parents[1],
+        capture_output=True,
+        check=True,
+    )
+    assert float(said.stdout) < here.nbytes / 2**20 < common.peak_memory_mib()
 
 
 def test_every_throughput_that_a_document_shows_is_of_its_results():
