@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,30 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """Commit (with + where code was changed since), machine, versions and seed."""
+    """Commit (with + where code was changed since; None outside a git checkout), machine, versions and seed."""
 
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ("git", *arguments), cwd=RESULTS.parent.parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(("git", *arguments), cwd=RESULTS.parent.parent, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
 
-    changed = "+" if git("status", "--porcelain", "--untracked-files=no", "--", ":!docs") else ""
+    commit, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno", "--", ":!docs")
     models = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
     return {
-        "commit": git("rev-parse", "--short", "HEAD") + changed,
+        "commit": commit and commit + "+" * bool(changed),
         "machine": f"{models[0] if models else platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("torch", "ray", "diffusers")},
+        "versions": {"python": platform.python_version()} | {n: installed(n) for n in ("torch", "ray", "diffusers")},
         "seed": seed,
     }
+
+
+def installed(package: str) -> str | None:
+    """Its version; a machine that trains or samples alone has no Ray."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def peak_memory_mib() -> float:

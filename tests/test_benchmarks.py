@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from scipy import stats
 
@@ -117,6 +118,22 @@ def test_a_process_s_peak_is_not_its_parent_s():
         check=True,
     )
     assert float(said.stdout) < here.nbytes / 2**20 < common.peak_memory_mib()
+
+
+def test_where_code_came_from_is_told_with_and_without_git_and_ray(tmp_path, monkeypatch):
+    assert common.installed("torch") == torch.__version__.partition("+")[0]
+    assert common.installed("a-package-that-nobody-has") is None
+    assert common.provenance(3)["seed"] == 3
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "docs" / "results")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    (tmp_path / "docs").mkdir()
+    assert common.provenance(3)["commit"] is None
+
+
+@pytest.mark.parametrize("name", ["train_throughput", "sampling_throughput", "study_units"])
+def test_what_a_gpu_alone_is_measured_by_needs_no_ray(name):
+    script = f"import sys; sys.modules['ray'] = None; import benchmarks.{name}"
+    subprocess.run((sys.executable, "-c", script), cwd=tables.RESULTS.parents[1], check=True)
 
 
 def test_every_throughput_that_a_document_shows_is_of_its_results():
