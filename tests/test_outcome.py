@@ -1,6 +1,7 @@
 """What a run leaves, and what it is judged by wherever it is looked at: no Ray."""
 
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -206,3 +207,9 @@ def test_a_report_says_by_which_command_its_ranking_was_made(finished):
     page = run.read(outcome.REPORT).decode()
     assert "ddpm-search evaluate runs/mine-again --weights raw --sampler ddpm --steps 25\n" in page
     assert f"name: {config.final.sampler.name}\n" in page  # config.yaml as it is, below the commands
+
+
+def test_a_report_s_commands_are_a_shell_s_also_where_a_folder_s_name_has_spaces(tmp_path):
+    home = tmp_path / "my runs"
+    commands = outcome._commands(load("digits", name="mine"), Storage(home), None)
+    assert [shlex.split(command)[2] for command in commands] == [f"{home}/config.yaml", str(home)]
