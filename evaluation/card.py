@@ -126,6 +126,8 @@ def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial
         return [f"Not scored by the final stage{why}."]
     score, frechet, real, same = entry["score"], entry["frechet"], ranking["real"], entry["at_real_n"]
     name, images, real_n = ranking["score_name"], f"{ranking['images']:,} images", f"{real['n']:,}"
+    fewer = real["n"] != ranking["images"]  # a comparison at one number of images needs a row of its own
+    left_over = f", {ranking['dropped']:,} left over" if ranking.get("dropped") else ""
     tied = ", ".join(entry["tied_with"]) or "no other"
     # a schedule may have fewer steps
     sampler = sampler_words(ranking["sampler"] | ({"steps": entry["steps"]} if entry.get("steps") else {}))
@@ -139,7 +141,7 @@ def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial
         f"| | {name} | Fréchet distance |",
         "|---|---|---|",
         f"| {this}, {images} | {_estimate(score, 'mean')} | {_estimate(frechet, 'value')} |",
-        f"| {this}, {real_n} images | {same['score']:.3f} | {same['frechet']:.3f} |",
+        *([f"| {this}, {real_n} images | {same['score']:.3f} | {same['frechet']:.3f} |"] if fewer else []),
         f"| real held-out images, {real_n} | {real['score']:.3f} | {real['frechet']:.3f} |",
         "",
         f"Rank {entry['rank']} of {sum(e['rank'] is not None for e in ranking['trials'])}; best with probability "
@@ -147,7 +149,7 @@ def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial
         "",
         *(f"- {line}" for line in own),
         *([""] if own else []),
-        f"Judged by {ranking['extractor']}; splits of {ranking['split_size']:,} images; {sampler}.",
+        f"Judged by {ranking['extractor']}; splits of {ranking['split_size']:,} images{left_over}; {sampler}.",
     ]
 
 

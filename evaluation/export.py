@@ -31,7 +31,8 @@ def export_pipeline(
 ) -> None:
     """Writes a checkpoint's model and its schedule, for `DDPMPipeline.from_pretrained`.
 
-    sampler: what the model was ranked by; diffusers' sampler has its variance and spacing.
+    sampler: what the model was ranked by; diffusers' sampler has its variance and spacing. With fixed_large variance,
+    trailing spacing and fewer steps than T, DDPMPipeline leaves noise in its images: it draws some at the last step.
     card: the text of README.md, see evaluation/card.py. provenance: where the model is from, kept in provenance.json.
     torch_export: writes the denoiser to denoiser.pt2 as well.
     The folder appears whole or not at all; an earlier export there is replaced.

@@ -99,14 +99,19 @@ def holds_images(content: bytes, first: int, count: int) -> bool:
 
 
 def _encoded(path: Path) -> list[bytes]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    # A pool of threads aborts the process at its end once in a while: see search/records.py.
-    table = pq.ParquetFile(path, pre_buffer=False)
-    column = next((name for name in ("img", "image") if name in table.schema_arrow.names), None)
-    if column is None:
+    try:
+        # A pool of threads aborts the process at its end once in a while: see search/records.py.
+        table = pq.ParquetFile(path, pre_buffer=False)
+        columns = [name for name in ("img", "image") if name in table.schema_arrow.names]
+        rows = table.read(columns=columns[:1], use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not columns:
         raise ValueError(f"{path} must have a column img or image, but has {table.schema_arrow.names}")
-    rows = table.read(columns=[column], use_threads=False)[column].to_pylist()
+    rows = rows[columns[0]].to_pylist()
     return [row["bytes"] if isinstance(row, dict) else row for row in rows]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from evaluation import pictures
 from evaluation.analysis import Row
 from evaluation.events import Events
-from evaluation.report_words import METRICS, STATES, fixed, joined, label, number
+from evaluation.report_words import METRICS, STATES, fixed, joined, label, number, sampler_words
 
 GRID_IMAGES = 36
 SMALL_PIXELS = 64  # images up to this size are enlarged without smoothing
@@ -74,10 +74,9 @@ def rung_grids(
         figures.append((f"{text}{state} at epoch {epoch}, {value}", grid, grid.shape[0] // 8))
     if not figures:
         return ""
-    sampler = config["early_stopping"]["sampler"]
     note = (
         "What early stopping saw: drawn at each one's last rung, all with the same noise and sampler "
-        f"({sampler['name'].upper()}, {sampler['steps']} steps). Those stopped early are compared as they were then."
+        f"({sampler_words(config['early_stopping']['sampler'])}). Those stopped early are compared as they were then."
     )
     return f'<h3>The best and the known points</h3><p class="quiet">{note}</p>{_grids(figures)}'
 

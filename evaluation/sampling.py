@@ -115,10 +115,10 @@ class Sampler:
         return x
 
     def _predict_eps(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if self.device.type != "cuda":
+            return self._eager(x_t, t)
         if self._fast is None:
-            self._fast = self._eager
-            if self.device.type == "cuda":
-                self._fast = speed.replayed(self._eager, x_t, t)
+            self._fast = speed.replayed(self._eager, x_t, t)
         return self._fast(x_t, t)
 
     def _eager(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

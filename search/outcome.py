@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -161,9 +162,9 @@ def _commands(config: SearchConfig, run: Storage, ranked: dict[str, Any] | None)
     drawn = {**drawn, "sampler": sampler.get("name", own["sampler"]), "steps": sampler.get("steps", own["steps"])}
     others = [f"--{name} {drawn[name]}" for name, value in own.items() if drawn.get(name, value) != value]
     return [
-        f"ddpm-search run {run.uri}/{CONFIG} --name {config.name}-again",
+        f"ddpm-search run {shlex.quote(f'{run.uri}/{CONFIG}')} --name {config.name}-again",
         *([f"ddpm-search evaluate runs/{config.name}-again {' '.join(others)}"] if others else []),
-        f"ddpm-search status {run.uri}",
+        f"ddpm-search status {shlex.quote(run.uri)}",
     ]
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from cluster import capacity, connect, nodes
 from cluster.capacity import Placement
 from evaluation import ranking_file, stage
+from evaluation.analysis import deciding_metric
 from evaluation.config import FinalStageConfig
 from evaluation.reference import EXTRACTOR, Reference, rung_scorer
 from evaluation.report_words import count
@@ -199,7 +200,7 @@ def evaluate(
     interrupt: Interrupt,
 ) -> None:
     """The final stage and ranking.json, where any trial came to a checkpoint."""
-    candidates, notes = _candidates(config, records, scorer.metric), {}
+    candidates, notes = _candidates(config, records), {}
     if not candidates:
         return
 
@@ -256,16 +257,17 @@ def evaluate_again(
             asked, reference, scorer, _ = _prepare(asked, splits, cluster, console, run)
             if reference is None:
                 raise UserError(
-                    "nothing can judge these images: the data has no labels, so give final.inception_weights"
+                    "nothing can judge these images: the data has no labels, so give final.inception_weights in "
+                    f"{run.at(CONFIG).uri}"
                 )
             evaluate(asked, run, records, reference, scorer, connection, console, interrupt)
         finish(config, run, records, splits, console)
         check_ranked(run)
 
 
-def _candidates(config: SearchConfig, records: Records, metric: str) -> list[Candidate]:
+def _candidates(config: SearchConfig, records: Records) -> list[Candidate]:
     """The best trials that were trained in full; stopped ones only where there are none."""
-    ordered = tables.in_order(records, metric)
+    ordered = tables.in_order(records, deciding_metric(config.model_dump(), [vars(row) for row in records]))
     trained = [row for row in ordered if row.checkpoint and row.rungs and row.state != "failed"]
     chosen = [row for row in trained if row.state == "completed"] or trained
     return [Candidate(row.trial, str(row.checkpoint)) for row in chosen[: config.final.top]]

@@ -160,6 +160,22 @@ def test_card_states_parameters_scores_with_intervals_and_cost():
     assert "splits of 5,000 images; DDIM, 20 steps, eta 0, seed 3." in said  # T has no more
 
 
+def test_a_card_says_what_is_left_over_by_whole_splits_and_no_number_of_images_twice():
+    entry = {
+        **{"rank": 1, "score": {"mean": 6.3, "ci": [5.9, 6.8]}, "frechet": {"value": 30.5, "ci": [27.5, 33.6]}},
+        **{"at_real_n": {"n": 250, "score": 6.3, "frechet": 30.5}, "p_best": 0.6, "trial": "t0003-cosine"},
+        **{"tied_with": [], "confirmed": False},
+    }
+    ranking = {
+        **{"score_name": "classifier score", "images": 250, "split_size": 101, "dropped": 48},
+        **{"extractor": "classifier", "real": {"n": 250, "score": 9.6, "frechet": 0.7}, "trials": [entry]},
+        "sampler": {"name": "ddim"},
+    }
+    said = card(ranking, entry)
+    assert "splits of 101 images, 48 left over; DDIM" in said
+    assert said.count("| this model, 250 images |") == 1
+
+
 def test_card_of_a_trial_that_was_not_scored_says_so():
     assert "Not scored by the final stage." in card(None, None)
     failed = {"rank": None, "reason": "it diverged"}

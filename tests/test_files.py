@@ -174,6 +174,16 @@ def test_an_npz_says_what_it_holds(tmp_path):
     assert read_array(tmp_path / "x.npz", "nothing") == (None, ["foo", "bar"])
 
 
+@pytest.mark.parametrize("damage", ["cut", "page"])
+def test_of_several_parquet_files_the_damaged_one_is_named(tmp_path, damage):
+    content = parquet_of(noise(), 0)
+    (tmp_path / "a.parquet").write_bytes(content)
+    harmed = content[:-20] if damage == "cut" else content[:100] + bytes(200) + content[300:]
+    (tmp_path / "b.parquet").write_bytes(harmed)
+    with pytest.raises(ValueError, match=r"b\.parquet"):
+        read_images(tmp_path)
+
+
 def test_nothing_is_unpickled(tmp_path):
     np.savez(tmp_path / "x.npz", images=np.array([None], dtype=object))
     with pytest.raises(ValueError, match="pickle"):

@@ -1,6 +1,7 @@
 """What a run leaves, and what it is judged by wherever it is looked at: no Ray."""
 
 import os
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -222,3 +223,9 @@ def test_a_run_of_which_nothing_could_be_ranked_has_failed(ranks, said, tmp_path
         return
     with pytest.raises(SystemExit, match=said):
         pipeline.check_ranked(run)
+
+
+def test_a_report_s_commands_are_a_shell_s_also_where_a_folder_s_name_has_spaces(tmp_path):
+    home = tmp_path / "my runs"
+    commands = outcome._commands(load("digits", name="mine"), Storage(home), None)
+    assert [shlex.split(command)[2] for command in commands] == [f"{home}/config.yaml", str(home)]

@@ -236,6 +236,7 @@ def test_best_and_known_points_are_shown_as_they_drew_at_their_last_rung():
     page = Page(full())
     assert "t1 cosine(0, 1, tau 1) the best, completed at epoch 90, Fréchet distance 1.111" in page.text
     assert "t0 cosine(0, 1, tau 1) known point, completed at epoch 90" in page.text
+    assert "all with the same noise and sampler (DDIM, 25 steps, eta 1, seed 0)" in page.text
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Laws of evaluation/sampling.py."""
 
 import copy
+import gc
 import weakref
 from pathlib import Path
 
@@ -200,6 +201,19 @@ def test_memory_does_not_grow_with_the_number_of_steps(name):
         assert len(seen) == steps
         alive.append(sum(x() is not None for x in seen))
     assert alive[0] == alive[1] <= 1
+
+
+def test_a_model_s_memory_is_free_as_soon_as_its_sampler_is_let_go(unet):
+    """Not when Python next looks for cycles: every rung and every candidate has a sampler of its own."""
+    model = copy.deepcopy(unet)
+    held = weakref.ref(model)
+    gc.disable()
+    try:
+        Sampler(model, COSINE, SHAPE, SamplerConfig(steps=2, block_size=1), "cpu").block(0)
+        del model
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])

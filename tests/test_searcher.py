@@ -346,8 +346,19 @@ def test_a_configuration_that_is_the_same_but_for_rounding_is_not_trained_twice(
     for row in (first, suggested):
         records.report(row.trial, {"epoch": EPOCHS, "rung": True, "frechet": 5.0, "worker_seconds": 1.0}, "somewhere")
         records.update(row.trial, state="completed")
-    ranked = [one.trial for one in pipeline._candidates(search.config, records, "frechet")]
+    ranked = [one.trial for one in pipeline._candidates(search.config, records)]
     assert ranked == [first.trial, suggested.trial]  # the same thing is not ranked twice
+
+
+def test_a_final_stage_takes_the_best_by_what_the_search_measured(records):
+    """Of images that nothing could judge then that is the grid loss, also where Inception's weights came later."""
+    search = make(records, [INSIDE, near(start=0.4)], metric="grid_loss")
+    for index, loss in enumerate((0.5, 0.4)):
+        key = suggest(search, f"id{index}")
+        records.report(key, {"epoch": EPOCHS, "rung": True, "grid_loss": loss, "worker_seconds": 1.0}, "somewhere")
+        records.update(key, state="completed")
+    first, second = records
+    assert [one.trial for one in pipeline._candidates(search.config, records)] == [second.trial, first.trial]
 
 
 @pytest.mark.parametrize(
