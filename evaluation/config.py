@@ -48,8 +48,8 @@ class FinalStageConfig(Config):
     """The final stage: the best trials' images, drawn over the cluster and scored."""
 
     top: int = Field(5, ge=1, description="trials that are scored")
-    images: int = Field(10_000, ge=2, description="images a trial")
-    split_size: int = Field(5_000, ge=2, description="images a split of the score")
+    images: int = Field(10_000, ge=3, description="images a trial")
+    split_size: int = Field(5_000, ge=3, description="images a split of the score")
     sampler: SamplerConfig = SamplerConfig()
     extractor: Literal["auto", "classifier", "inception"] = Field(
         "auto", description="auto: inception where its weights are given or there are no labels, else the classifier"

@@ -113,7 +113,7 @@ def rank(
     `tied_with` names every row whose paired difference to this one has a confidence interval that contains 0 (each pair
     on its own: no correction for the number of pairs). `p_best` is the chance to have the highest E[score at N]. Both
     speak of configurations as soon as one row is confirmed, for then the spread between seeds is known.
-    Raises ValueError where names repeat, trials have different numbers of images, or N < 2. Probabilities that are no
+    Raises ValueError where names repeat, trials have different numbers of images, or N < 3. Probabilities that are no
     distributions and features that are not finite make one trial fail, not the ranking.
     """
     _check(trials, split_size)
@@ -189,13 +189,14 @@ def _check(trials: Sequence[TrialSamples], split_size: int) -> None:
     names = [trial.trial for trial in trials]
     if len(set(names)) != len(names):
         raise ValueError(f"trial names must differ, but got {sorted(names)}")
-    if split_size < 2:
-        raise ValueError(f"split_size >= 2 must hold, but got {split_size=}")
+    # Without one of two images a score is 1, whatever they are: an interval of no width.
+    if split_size < 3:
+        raise ValueError(f"split_size >= 3 must hold, but got {split_size=}")
     counts = {trial.trial: len(np.asarray(trial.probabilities)) for trial in trials if trial.reason is None}
     if len(set(counts.values())) > 1:
         raise ValueError(f"trials must be scored at the same number of images, but got {counts}")
-    if counts and min(counts.values()) < 2:
-        raise ValueError("an interval needs at least 2 images a trial")
+    if counts and min(counts.values()) < 3:
+        raise ValueError("an interval needs at least 3 images a trial")
 
 
 def _score_all(
@@ -241,7 +242,7 @@ def score_influence(probabilities: ArrayLike, split_size: int) -> Array:
     """Influence of every scored image on the split-wise mean score, (splits * split size,): what it loses without it.
 
     The sum of squares estimates the score's variance (the jackknife's), the sum of products with another trial's their
-    covariance. Splits have at least 2 images each.
+    covariance. Splits have at least 3 images each.
     """
     p = check_probabilities(probabilities)
     n = min(split_size, len(p))

@@ -188,6 +188,8 @@ def precision_recall(generated: ArrayLike, real: ArrayLike) -> PrecisionRecall:
 
 
 def _matrix(values: ArrayLike, name: str) -> Array:
+    if np.iscomplexobj(values):
+        raise ValueError(f"{name} must be real numbers, but are complex")
     matrix = np.asarray(values, dtype=np.float64)
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise ValueError(f"{name} must have shape (N, {'D' if name == 'features' else 'K'}), but got {matrix.shape}")

@@ -122,7 +122,7 @@ def status(path: RunPath, as_json: Json = False) -> None:
 def evaluate(
     path: RunPath,
     top: Annotated[int | None, typer.Option(min=1, help="Trials that are scored.")] = None,
-    images: Annotated[int | None, typer.Option(min=2, help="Images a trial.")] = None,
+    images: Annotated[int | None, typer.Option(min=3, help="Images a trial.")] = None,
     weights: Annotated[Weights | None, typer.Option(help="raw: as trained, without the moving average.")] = None,
     sampler: Annotated[SamplerName | None, typer.Option()] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
@@ -188,7 +188,7 @@ def export(
 def sample(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An exported folder.", callback=home)],
     out: Annotated[Path, typer.Option(help="FILE.png (a grid), FILE.npz, or a folder of PNG files.", callback=home)],
-    images: Annotated[int, typer.Option(min=1)] = 64,
+    images: Annotated[int, typer.Option(min=1, help="Drawn 100 at a time.")] = 64,
     sampler: Annotated[SamplerName, typer.Option()] = "ddim",
     steps: Annotated[int, typer.Option(min=1)] = 50,
     seed: Annotated[int, typer.Option(min=0, max=SEEDS - 1)] = 0,

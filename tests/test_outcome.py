@@ -229,3 +229,8 @@ def test_a_report_s_commands_are_a_shell_s_also_where_a_folder_s_name_has_spaces
     home = tmp_path / "my runs"
     commands = outcome._commands(load("digits", name="mine"), Storage(home), None)
     assert [shlex.split(command)[2] for command in commands] == [f"{home}/config.yaml", str(home)]
+
+
+def test_the_name_to_do_it_again_by_is_no_longer_than_a_name_may_be(tmp_path):
+    command = outcome._commands(load("digits", name="n" * 64), Storage(tmp_path), None)[0]
+    assert load("digits", name=shlex.split(command)[-1])

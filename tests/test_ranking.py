@@ -452,5 +452,9 @@ def test_trials_that_cannot_be_compared_are_refused():
         rank([trial("a", 4, n=100), trial("b", 4, n=200)], REFERENCE, 50)
     with pytest.raises(ValueError, match="names must differ"):
         rank([trial("a", 4), trial("a", 5)], REFERENCE, 50)
-    with pytest.raises(ValueError, match="split_size >= 2"):
-        rank([trial("a", 4)], REFERENCE, 1)
+    with pytest.raises(ValueError, match="split_size >= 3"):  # else an interval without any width
+        rank([trial("a", 4)], REFERENCE, 2)
+    with pytest.raises(ValueError, match="at least 3 images"):
+        rank([trial("a", 4, n=2)], REFERENCE, 50)
+    interval = rank([trial("a", 4, n=3)], REFERENCE, 50)[0].score.ci
+    assert interval[0] < interval[1]

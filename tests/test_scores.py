@@ -76,6 +76,7 @@ def test_score_does_not_depend_on_the_precision_that_probabilities_were_stored_i
         (np.array([[1.5, -0.5]]), ">= 0"),
         (np.array([[np.nan, 0.5]]), "finite"),
         (np.array([[np.inf, 0.5]]), "finite"),
+        (np.array([[0.5, 0.5 + 0j]]), "real numbers"),
         (np.array([0.5, 0.5]), "shape"),
         (np.empty((0, 10)), "shape"),
     ],
