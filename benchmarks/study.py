@@ -20,7 +20,7 @@ from evaluation import export, pictures, report_words
 from evaluation.events import Events, read
 from evaluation.plots import Curve, Panel
 from evaluation.sampling import Sampler
-from search import confirm, space
+from search import space
 from search.records import Row
 from search.runs import open_run
 from trainer import checkpoint
@@ -38,6 +38,8 @@ def label(row: dict[str, Any]) -> str:
 
 def figures(run: Storage) -> dict[str, Any]:
     """All that the table needs, of a finished run."""
+    from search import confirm  # imports Ray
+
     config, _, records = open_run(run.uri)
     ranking = run.read_json("ranking.json")
     seconds = {row.trial: row.worker_seconds for row in confirm.all_rows(run, records)}
@@ -76,6 +78,8 @@ def figures(run: Storage) -> dict[str, Any]:
 
 def searched(run: Storage, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The best configuration of a search that was confirmed, beside the best of the study's rows."""
+    from search import confirm  # imports Ray
+
     config, _, records = open_run(run.uri)
     ranking = run.read_json("ranking.json")
     found = [row for row in ranking["trials"] if row["confirmed"]]
@@ -169,6 +173,8 @@ def panels(trainings: list[tuple[str, Events]]) -> list[Panel]:
 
 def draw(run: Storage) -> None:
     """Schedules of the rows, how they were trained, and 24 images of each from the same noise."""
+    from search import confirm  # imports Ray
+
     config, _, records = open_run(run.uri)
     rows = {row.trial: row for row in confirm.all_rows(run, records)}
     ranking = run.read_json("ranking.json")
