@@ -35,6 +35,8 @@ class ShardWorker:
 
     def work(self, shard: Shard, extractor: Extractor) -> str | None:
         """None, or why this checkpoint has no score."""
+        if is_done(self.run, shard, self.config):
+            return None  # by a worker that died before it could say so: Ray tries its task again
         # Comes with the task, not the constructor: Ray restarts an actor without the objects that it was made from.
         self.extractor = self.extractor or extractor.to(self.device)
         path = shard.candidate.checkpoint

@@ -386,6 +386,17 @@ def until(condition: Callable[[], bool], thread: threading.Thread, seconds: floa
 
 
 @pytest.mark.slow
+def test_a_shard_whose_worker_died_before_it_could_say_so_is_not_drawn_twice(run, reference):
+    """Ray tries the task again."""
+    config = CONFIG.model_copy(update={"images": 20, "sampler": SamplerConfig(steps=2, block_size=10)})
+    (shard,) = shards_of(run, train(run, "good", 1), config, reference)
+    stage.ShardWorker(run, config, "cpu").work(shard, reference.extractor)
+    first = written(run, shard.path)
+    assert stage.ShardWorker(run, config, "cpu").work(shard, reference.extractor) is None
+    assert written(run, shard.path) == first
+
+
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(200)
 def test_a_killed_actor_costs_the_shards_in_flight_and_a_diverged_model_only_itself(run, reference, local_ray):
