@@ -13,10 +13,13 @@ RESULTS = Path(__file__).parent.parent / "docs" / "results"
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """Commit (with + where code was changed since; None outside a git checkout), machine, versions and seed."""
+    """Commit (with + where code was changed since; None without git), machine, versions and seed."""
 
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(("git", *arguments), cwd=RESULTS.parent.parent, capture_output=True, text=True)
+        try:
+            done = subprocess.run(("git", *arguments), cwd=RESULTS.parent.parent, capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     commit, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "-uno", "--", ":!docs")

@@ -4,9 +4,11 @@
     python -m benchmarks.study_units study-cifar10
 
 The first trains row 4 (from 1, of the configuration's known points) from one seed, draws `final.images` images and
-scores them: docs/results/study_cifar10/4-1.json and a picture of 24 of its images. The second joins all that there is
-to docs/results/study_cifar10.json and the table in docs/study.md. Nothing is chosen by a first seed, so all count; each
-draws its images from noise of its own, so that the spread between a row's seeds is all the uncertainty that it has.
+scores them: docs/results/study_cifar10/4-1.json and a picture of 24 of its images. All are judged by the classifier
+that the first one trained, in runs/study_cifar10: take that folder along to another machine. The second command joins
+all that there is to docs/results/study_cifar10.json and the table in docs/study.md. Nothing is chosen by a first seed,
+so all count; each draws its images from noise of its own, so that the spread between a row's seeds is all the
+uncertainty that it has.
 """
 
 import argparse
@@ -31,15 +33,14 @@ from trainer import checkpoint, local
 from trainer.storage import Storage
 
 # What units must have in common to stand in one table.
-SHARED = ("score_name", "held_out_accuracy", "images", "split_size", "sampler", "training_images", "epochs", "real",
-          "noise")  # fmt: skip
+SHARED = ("reference", "images", "split_size", "sampler", "training_images", "epochs")
 
 
-def unit(config: SearchConfig, row: int, seed: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Trains, draws and scores; and the first 24 images."""
+def unit(config: SearchConfig, row: int, seed: int, run: Storage) -> tuple[dict[str, Any], np.ndarray]:
+    """Trains, draws and scores; and the first 24 images. run: keeps the classifier that judges all units."""
     console, device = Console(), local.default_device()
     splits = prepare.preflight(config, console)
-    reference = prepare.reference_of(config, splits, console, None)
+    reference = prepare.reference_of(config, splits, console, run)
     if reference is None:
         raise SystemExit(f"nothing can judge the images of {config.train.data.name}: give final.inception_weights")
     params = space.flat(space.known_params(config, config.known_points[row - 1]))
@@ -91,6 +92,7 @@ def unit(config: SearchConfig, row: int, seed: int) -> tuple[dict[str, Any], np.
         "frechet": frechet,
         "frechet_variance": float(np.square(influence).sum()),
         "seconds": seconds,
+        "reference": reference.key,
         "score_name": reference.extractor.score_name,
         "held_out_accuracy": reference.accuracy,
         "images": final.images,
@@ -104,7 +106,10 @@ def unit(config: SearchConfig, row: int, seed: int) -> tuple[dict[str, Any], np.
 
 
 def joined(config: SearchConfig, units: list[dict[str, Any]]) -> dict[str, Any]:
-    """What `study.table` draws, of units that were measured alike; intervals are of configurations."""
+    """What `study.table` draws, of units that were measured alike.
+
+    Intervals are of the configuration where a row has several seeds, else of its one training.
+    """
     for other in units[1:]:
         if differing := [name for name in SHARED if other[name] != units[0][name]]:
             raise SystemExit(f"units differ in {', '.join(differing)}: measure them alike, or take some away")
@@ -132,7 +137,7 @@ def joined(config: SearchConfig, units: list[dict[str, Any]]) -> dict[str, Any]:
             "confirmed": several[i],
             "seeds": [units[place]["seed"] for place in places],
             "seconds": [units[place]["seconds"] for place in places],
-            "commits": sorted({units[place]["commit"] for place in places}),
+            "commits": sorted({units[place]["commit"] for place in places}, key=str),  # None outside git
         }
         for i, (row, places) in enumerate(zip(rows, own, strict=True))
     ]
@@ -140,7 +145,7 @@ def joined(config: SearchConfig, units: list[dict[str, Any]]) -> dict[str, Any]:
         **provenance(config.seed),
         "config": config.name,
         "devices": sorted({each["device"] for each in units}),
-        **{name: units[0][name] for name in SHARED},
+        **{name: units[0][name] for name in (*SHARED, "score_name", "held_out_accuracy", "real", "noise")},
         "rows": sorted(entries, key=lambda entry: -entry["score"]["mean"]),
     }
 
@@ -158,7 +163,7 @@ def main() -> None:
     if asked.row is not None:
         if not 1 <= asked.row <= len(config.known_points):
             parser.error(f"--row is 1 to {len(config.known_points)}, but is {asked.row}")
-        result, images = unit(config, asked.row, asked.seed)
+        result, images = unit(config, asked.row, asked.seed, Storage(f"runs/{name}"))
         folder.mkdir(parents=True, exist_ok=True)
         pictures.save_grid_png(folder / f"{asked.row}-{asked.seed}.png", images)
         write(f"{name}/{asked.row}-{asked.seed}", result)

@@ -113,11 +113,11 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
         raise UserError(f"--out {out} is not empty and holds no training; give a new folder")
     if found is not None and found[1].config.learned() != config.train.learned():
         raise UserError(f"--out {out} holds a training of another configuration; give another --out")
+    if reason := schedules.screen(**config.train.schedule.model_dump()):
+        console.print(f"A search would leave this schedule out: {reason}")
     splits = preflight(config, console)
     reference = reference_of(config, splits, console, None)
     settings, metric = config.early_stopping, choose_metric(config, reference, console)
-    if reason := schedules.screen(**config.train.schedule.model_dump()):
-        console.print(f"A search would leave this schedule out: {reason}")
     done = f", from epoch {found[1].meta['epoch']}" if found else ""
     console.print(f"Training {config.train.schedule.label()} for {count(config.train.epochs, 'epoch')}{done}")
     console.print(f"TensorBoard:    tensorboard --logdir {folder.uri}")

@@ -128,6 +128,8 @@ def test_where_code_came_from_is_told_with_and_without_git_and_ray(tmp_path, mon
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     (tmp_path / "docs").mkdir()
     assert common.provenance(3)["commit"] is None
+    monkeypatch.setenv("PATH", "")
+    assert common.provenance(3)["commit"] is None
 
 
 @pytest.mark.parametrize("name", ["train_throughput", "sampling_throughput", "study_units"])
@@ -151,7 +153,7 @@ def test_the_study_s_table_is_made_of_its_results():
 
 def units_of(scores: dict[int, list[float]]) -> list[dict]:
     """Units of rows of these scores, as `study_units` writes them."""
-    alike = dict.fromkeys(study_units.SHARED, 1) | {"score_name": "score"}
+    alike = dict.fromkeys(study_units.SHARED, 1) | {"score_name": "score", "held_out_accuracy": 0.9}
     alike |= {name: {"n": 10, "score": 9.0, "frechet": 0.1} for name in ("real", "noise")}
     own = {
         "frechet_variance": 0.01,
@@ -179,13 +181,15 @@ def test_single_trainings_are_joined_to_the_study_s_table():
     half = stats.t.ppf(0.975, 6) * np.sqrt(spread / 3)  # three alike spreads are one, of six degrees of freedom
     assert last["ci"] == pytest.approx([20 - 5.1 - half, 20 - 5.1 + half])
     assert study.table(result).count("\n") == 6
+    elsewhere = [unit | {"commit": None} for unit in units_of({1: [5.1]})]
+    assert study_units.joined(config, units_of({1: [5.0]}) + elsewhere)["rows"][0]["commits"] == [None, "c"]
     differing = units_of({1: [5.0]}) + [unit | {"images": 2} for unit in units_of({2: [6.0]})]
     with pytest.raises(SystemExit, match="differ in images"):
         study_units.joined(config, differing)
 
 
 @pytest.mark.slow
-def test_a_single_training_of_a_study_is_trained_drawn_and_scored():
+def test_a_single_training_of_a_study_is_trained_drawn_and_scored(tmp_path):
     small = (
         "train.epochs=1",
         "train.data.subset=400",
@@ -196,10 +200,12 @@ def test_a_single_training_of_a_study_is_trained_drawn_and_scored():
     config = load("study-digits", list(small))
     units = []
     for row, seed in ((1, 1), (3, 1)):
-        unit, images = study_units.unit(config, row, seed)
+        unit, images = study_units.unit(config, row, seed, Storage(tmp_path))
         units.append(json.loads(json.dumps(unit)))
         assert images.shape == (24, 8, 8, 1)
         assert unit["score_variance"] > 0
+    assert units[0]["reference"] == units[1]["reference"]
+    assert (tmp_path / "extractor").is_dir()  # another machine would train another
     assert [unit["label"] for unit in units] == ["linear(0.0001, 0.02)", "cosine(0, 1, tau 1), no EMA"]
     table = study.table(study_units.joined(config, units))
     assert "no EMA" in table

@@ -225,6 +225,7 @@ def test_nothing_is_said_to_be_searched_where_known_points_were_tried_alone(sour
     assert ("Searched nothing: the known points alone" in text) != searched
 
 
+@pytest.mark.slow
 def test_confirmations_are_counted_by_themselves():
     assert "from new seeds took" not in Page(render(ROWS)).text
     assert (
