@@ -33,7 +33,7 @@ from trainer import checkpoint, local
 from trainer.storage import Storage
 
 # What units must have in common to stand in one table.
-SHARED = ("reference", "images", "split_size", "sampler", "training_images", "epochs")
+SHARED = ("reference", "classes", "images", "split_size", "sampler", "training_images", "epochs")
 
 
 def unit(config: SearchConfig, row: int, seed: int, run: Storage) -> tuple[dict[str, Any], np.ndarray]:
@@ -93,6 +93,7 @@ def unit(config: SearchConfig, row: int, seed: int, run: Storage) -> tuple[dict[
         "frechet_variance": float(np.square(influence).sum()),
         "seconds": seconds,
         "reference": reference.key,
+        "classes": judged.probabilities.shape[1],
         "score_name": reference.extractor.score_name,
         "held_out_accuracy": reference.accuracy,
         "images": final.images,
@@ -122,7 +123,8 @@ def joined(config: SearchConfig, units: list[dict[str, Any]]) -> dict[str, Any]:
 
     score, frechet = joint("score"), joint("frechet")
     several = [len(places) > 1 for places in own]
-    of_score, of_frechet = score_intervals(score, several), frechet.intervals(several)
+    of_score = np.clip(score_intervals(score, several), 1.0, units[0]["classes"])
+    of_frechet = np.maximum(frechet.intervals(several), 0.0)
     ties, chances = score.ties(), score.p_best()
     entries = [
         {

@@ -153,7 +153,7 @@ def test_the_study_s_table_is_made_of_its_results():
 
 def units_of(scores: dict[int, list[float]]) -> list[dict]:
     """Units of rows of these scores, as `study_units` writes them."""
-    alike = dict.fromkeys(study_units.SHARED, 1) | {"score_name": "score", "held_out_accuracy": 0.9}
+    alike = dict.fromkeys(study_units.SHARED, 1) | {"score_name": "score", "held_out_accuracy": 0.9, "classes": 10}
     alike |= {name: {"n": 10, "score": 9.0, "frechet": 0.1} for name in ("real", "noise")}
     own = {
         "frechet_variance": 0.01,
@@ -183,6 +183,9 @@ def test_single_trainings_are_joined_to_the_study_s_table():
     assert study.table(result).count("\n") == 6
     elsewhere = [unit | {"commit": None} for unit in units_of({1: [5.1]})]
     assert study_units.joined(config, units_of({1: [5.0]}) + elsewhere)["rows"][0]["commits"] == [None, "c"]
+    apart = study_units.joined(config, units_of({1: [2.0, 9.5]}))["rows"][0]
+    assert apart["score"]["ci"] == [1, 10]  # no score is outside, and no distance below 0
+    assert apart["frechet"]["ci"][0] == 0
     differing = units_of({1: [5.0]}) + [unit | {"images": 2} for unit in units_of({2: [6.0]})]
     with pytest.raises(SystemExit, match="differ in images"):
         study_units.joined(config, differing)
