@@ -188,7 +188,7 @@ def export(
 def sample(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="An exported folder.", callback=home)],
     out: Annotated[Path, typer.Option(help="FILE.png (a grid), FILE.npz, or a folder of PNG files.", callback=home)],
-    images: Annotated[int, typer.Option(min=1, help="Drawn 100 at a time.")] = 64,
+    images: Annotated[int, typer.Option(min=1, help="Drawn up to 100 at a time.")] = 64,
     sampler: Annotated[SamplerName, typer.Option()] = "ddim",
     steps: Annotated[int, typer.Option(min=1)] = 50,
     seed: Annotated[int, typer.Option(min=0, max=SEEDS - 1)] = 0,

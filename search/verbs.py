@@ -26,7 +26,8 @@ def sample(folder: Path, out: Path, images: int, sampler: SamplerName, steps: in
     try:
         files.check_out(out)
         denoiser, betas, shape, ranked_by = export.load_export(folder)
-        settings = ranked_by.model_copy(update={"name": sampler, "steps": steps, "seed": seed})
+        blocks = min(images, ranked_by.block_size)  # a few images do not cost a hundred
+        settings = ranked_by.model_copy(update={"name": sampler, "steps": steps, "seed": seed, "block_size": blocks})
         with progress_bar(console, f"Drawing {count(images, 'image')}") as progress:
             drawing = Sampler(denoiser.to(device), betas, shape, settings, device)
             drawn = drawing.images(0, images, lambda done: progress(done, images))

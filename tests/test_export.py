@@ -187,28 +187,29 @@ np.save(out, (images * 255).round().astype(np.uint8))
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sampler", "steps", "ranked_by"),
+    ("count", "sampler", "steps", "ranked_by"),
     [
-        ("ddpm", 20, SAMPLER),
-        ("ddim", 20, SAMPLER),
-        ("ddim", 5, SAMPLER),
-        ("ddpm", 5, SamplerConfig(variance="fixed_large", spacing="leading")),
+        (100, "ddpm", 20, SAMPLER),
+        (100, "ddim", 20, SAMPLER),
+        (100, "ddim", 5, SAMPLER),
+        (3, "ddpm", 20, SAMPLER),  # three images cost three, not a block of a hundred
+        (100, "ddpm", 5, SamplerConfig(variance="fixed_large", spacing="leading")),
     ],
 )
 def test_diffusers_without_our_code_draws_the_images_of_ddpm_search_sample(
-    checkpoint: Checkpoint, tmp_path: Path, sampler: str, steps: int, ranked_by: SamplerConfig
+    checkpoint: Checkpoint, tmp_path: Path, count: int, sampler: str, steps: int, ranked_by: SamplerConfig
 ):
     export.export_pipeline(checkpoint, tmp_path / "model", ranked_by, "", {})
     seed = block_seed(3, 0)
-    arguments = [str(tmp_path / "model"), str(tmp_path / "images.npy"), str(seed), "100", str(steps), sampler]
+    arguments = [str(tmp_path / "model"), str(tmp_path / "images.npy"), str(seed), str(count), str(steps), sampler]
     # -I: no working directory and no PYTHONPATH; where our packages are installed is taken off the path.
     subprocess.run([sys.executable, "-I", "-c", LOADED_WITHOUT_US, *arguments], cwd=tmp_path, check=True)
-    verbs.sample(tmp_path / "model", tmp_path / "ours.npz", 100, sampler, steps, 3, Console(quiet=True))
+    verbs.sample(tmp_path / "model", tmp_path / "ours.npz", count, sampler, steps, 3, Console(quiet=True))
     theirs, ours = np.load(tmp_path / "images.npy"), np.load(tmp_path / "ours.npz")["images"]
     assert theirs.shape == ours.shape
     assert ours.std() > 10  # else any two grey pictures would agree
     assert np.abs(theirs.astype(int) - ours).max() <= 1
-    # And these are what such a ranking scores.
-    settings = ranked_by.model_copy(update={"name": sampler, "steps": steps, "seed": 3})
+    # And these are what a ranking by such blocks scores.
+    settings = ranked_by.model_copy(update={"name": sampler, "steps": steps, "seed": 3, "block_size": count})
     betas = schedules.betas(**checkpoint.config.schedule.model_dump())
     assert (Sampler(checkpoint.denoiser(), betas, SHAPE, settings, "cpu").block(0) == ours).all()
