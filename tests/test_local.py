@@ -17,6 +17,7 @@ from evaluation.config import SamplerConfig
 from evaluation.rung import RungScorer
 from trainer import checkpoint, local, loop
 from trainer.config import SpeedConfig
+from trainer.event_log import EventLog
 from trainer.storage import Storage
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -197,6 +198,13 @@ def test_two_checkpoints_are_kept_and_the_last_rungs_and_broken_ones_are_not_cou
     assert fit(checkpoints, config, rungs=[1], log=log, stop=stored) == [3, 6, 10, 13, 17]
     assert kept == [[11], [3, 11], [3, 6, 11], [3, 6, 10, 11], [3, 10, 13]]
     assert [int(name[-2:]) for name in checkpoint.names(checkpoints)] == [13, 17]
+
+
+def test_a_training_resumed_within_a_second_logs_into_a_file_that_is_read_later(tmp_path):
+    for first_epoch in (1, 2):
+        EventLog(Storage(tmp_path), TINY, first_epoch).close()
+    first, second = sorted(tmp_path.glob("*tfevents*"), key=lambda file: file.stat().st_mtime_ns)
+    assert int(first.name.split(".")[3]) < int(second.name.split(".")[3])
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """TensorBoard events of one training: scalars, sample grids, hyperparameters."""
 
+import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ class EventLog:
         self.folder = folder
         local = folder.root if folder.is_local else tempfile.mkdtemp(prefix="ddpm-search-events-")
         self.local = Path(local)
+        _wait_for_a_later_second(folder)
         # Epochs after the checkpoint that is resumed were logged by a process that died: they are logged again.
         self.writer = SummaryWriter(local, purge_step=first_epoch, flush_secs=10)
         schedule = config.schedule
@@ -74,3 +77,13 @@ class EventLog:
         if not self.folder.is_local:
             for file in self.local.iterdir():
                 self.folder.write(file.name, file.read_bytes())
+
+
+def _wait_for_a_later_second(folder: Storage) -> None:
+    """Files are read in the order of their names, which begin with a second and end in a number without zeros before
+    it: of two of one second the later may come first, and its epochs be taken for those of a process that died.
+    """
+    found = (re.match(r"events\.out\.tfevents\.(\d+)", name) for name in folder.names())
+    taken = {int(seconds[1]) for seconds in found if seconds}
+    while int(time.time()) in taken:
+        time.sleep(0.05)
