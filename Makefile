@@ -31,7 +31,7 @@ test-fast: .venv/installed
 test-faults: .venv/installed
 	$(BIN)/python -m pytest -m faults
 
-# Every figure of docs/ measured anew: some three hours on two cores, with nothing else at work. Where a bar is missed
+# Every figure of docs/ measured anew: hours on two cores, with nothing else at work. Where a bar is missed
 # the script says so, and the rest goes on. CIFAR10 is parquet:PATH of its files; recorded curves are not made again.
 CIFAR10 ?= parquet:/data/cifar10
 MEASURE := $(BIN)/python -m benchmarks.
