@@ -2,9 +2,10 @@
 
     python -m benchmarks.sampling_throughput [--rounds 5] [--steps 10 40 100]
 
-Same U-Net, same number of steps, the three in turn, so that a machine that drifts drifts for all. Peak memory is
-measured in a process of its own for each (a process's peak never falls): on CPU what RSS grew by above the loaded
-model, on a GPU what torch allocated. Medians and ratios go to docs/results.
+Same U-Net, same number of steps, all in turn, so that a machine that drifts drifts for all; on a GPU our sampler twice:
+in fp32, as the others, and in bf16, as it draws there by itself. Peak memory is measured in a process of its own for
+each (a process's peak never falls): on CPU what RSS grew by above the loaded model, on a GPU what torch allocated.
+Medians and ratios go to docs/results.
 """
 
 import argparse
@@ -27,40 +28,49 @@ from evaluation.sampling import Sampler, block_seed
 from trainer import model, schedules
 from trainer.config import ModelConfig
 
-SHAPE, BATCH = (3, 32, 32), 16
+SHAPE = (3, 32, 32)
 SMALL = ModelConfig(channels=(32, 64, 64, 64), attention=(False, True, True, True))  # 2.4M, for CPUs
 STUDY = ModelConfig()  # the original study's, 38.4M, for GPUs
 BETAS = schedules.betas("linear", 1e-4, 0.02)
-NAMES = ("ours", "DDPMPipeline", "keeps every step")
 
 
 def samplers(device: torch.device) -> dict[str, Callable[[int], np.ndarray]]:
-    """steps → BATCH images (N, H, W, C) uint8, ancestral sampling all three."""
+    """steps → images (N, H, W, C) uint8, 16 on CPUs and 256 on a GPU; ancestral sampling all of them."""
+    size = 256 if device.type == "cuda" else 16
     network = model.build(STUDY if device.type == "cuda" else SMALL, SHAPE, 0.0, seed=0).to(device).eval()
     options = {"trained_betas": BETAS, "timestep_spacing": "trailing", "variance_type": "fixed_small"}
     pipeline = DDPMPipeline(network, DDPMScheduler(1000, **options))
     pipeline.set_progress_bar_config(disable=True)
     scheduler = DDPMScheduler(1000, **options)
 
-    def ours(steps: int) -> np.ndarray:
-        config = SamplerConfig(name="ddpm", steps=steps, block_size=BATCH)
-        return Sampler(network, BETAS, SHAPE, config, device).block(0)
+    def ours(bf16: bool) -> Callable[[int], np.ndarray]:
+        made: dict[int, Sampler] = {}  # the last one alone: its CUDA graph is captured once, for many blocks
+
+        def draw(steps: int) -> np.ndarray:
+            if steps not in made:
+                made.clear()
+                config = SamplerConfig(name="ddpm", steps=steps, block_size=size, bf16=bf16)
+                made[steps] = Sampler(network, BETAS, SHAPE, config, device)
+            return made[steps].block(0)
+
+        return draw
 
     def theirs(steps: int) -> np.ndarray:
         generator = torch.Generator(device).manual_seed(block_seed(0, 0))
-        call = {"batch_size": BATCH, "generator": generator, "num_inference_steps": steps, "output_type": "np"}
+        call = {"batch_size": size, "generator": generator, "num_inference_steps": steps, "output_type": "np"}
         return (pipeline(**call).images * 255).round().astype(np.uint8)
 
     @torch.no_grad()
     def keeps(steps: int) -> np.ndarray:
         scheduler.set_timesteps(steps)
-        kept = [torch.randn((BATCH, *SHAPE), device=device)]
+        kept = [torch.randn((size, *SHAPE), device=device)]
         for t in scheduler.timesteps:
             kept.append(scheduler.step(network(kept[-1], t).sample, t, kept[-1]).prev_sample)
         images = torch.stack(kept)[-1]
         return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
-    return dict(zip(NAMES, (ours, theirs, keeps), strict=True))
+    rounded = {"ours in bf16": ours(bf16=True)} if device.type == "cuda" else {}
+    return {"ours": ours(bf16=False), **rounded, "DDPMPipeline": theirs, "keeps every step": keeps}
 
 
 def peaks_mib(name: str, rising_steps: list[int], device: torch.device) -> dict[int, float]:
@@ -98,24 +108,26 @@ def main() -> None:
         return
 
     drawing, steps = samplers(device), arguments.steps[0]
-    difference = np.abs(drawing["DDPMPipeline"](5).astype(int) - drawing["ours"](5)).max()
+    images = drawing["DDPMPipeline"](5).astype(int)
+    difference = np.abs(images - drawing["ours"](5)).max()
     assert difference <= 1, f"the images differ by {difference} of 255: not the same work"
-    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
-    for name in NAMES:
-        drawing[name](2)
+    seconds: dict[str, list[float]] = {name: [] for name in drawing}
+    for draw in drawing.values():
+        draw(steps)
     for _ in range(arguments.rounds):
-        for name in NAMES:
+        for name in drawing:
             began = time.monotonic()
             drawing[name](steps)
             seconds[name].append(time.monotonic() - began)
-    memory = {name: memory_of(name, sorted(arguments.steps)) for name in NAMES}
+    memory = {name: memory_of(name, sorted(arguments.steps)) for name in drawing}
     ratios = {
-        name: [theirs / ours for theirs, ours in zip(seconds[name], seconds["ours"], strict=True)] for name in NAMES
+        name: [theirs / ours for theirs, ours in zip(seconds[name], seconds["ours"], strict=True)] for name in drawing
     }
     result = {
         **provenance(0),
-        **{"device": device.type, "images": BATCH, "steps_timed": steps, "rounds": arguments.rounds},
-        "images_per_second": {name: round(BATCH / median(seconds[name]), 3) for name in NAMES},
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        **{"images": len(images), "steps_timed": steps, "rounds": arguments.rounds},
+        "images_per_second": {name: round(len(images) / median(seconds[name]), 3) for name in drawing},
         "ours_is_faster_by": {
             name: {"median": median(each), "range": [min(each), max(each)]}
             for name, each in ratios.items()
@@ -125,7 +137,7 @@ def main() -> None:
         "largest_difference_from_DDPMPipeline": int(difference),
     }
     table = Table("", "images/s", *(f"MiB, {count} steps" for count in sorted(arguments.steps)))
-    for name in NAMES:
+    for name in drawing:
         table.add_row(name, f"{result['images_per_second'][name]:.2f}", *map(str, memory[name].values()))
     Console().print(table)
     write(f"sampling_throughput_{device.type}", result)
