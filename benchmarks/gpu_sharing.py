@@ -76,6 +76,7 @@ def main() -> None:
         rates: dict[int, list[float]] = {at_once: [] for at_once in rounds}
         for _ in range(sum(rounds)):
             at_once, rate = done.get(timeout=300)
+            print(f"{name}, {at_once} at once: {rate:,.0f} images/s of one", flush=True)
             rates[at_once].append(rate)
         workers.join()
         result[name] = {str(at_once): sum(each) for at_once, each in rates.items()}

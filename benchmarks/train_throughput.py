@@ -3,7 +3,7 @@
     python -m benchmarks.train_throughput "parquet:/path/to/cifar10/train-*.parquet" [--rounds 5] [--steps 8]
         [--switches]
 
-Same U-Net, same initial weights, same batch size, CIFAR-10 at 32x32. The three take turns, a few steps at a time (200
+Same U-Net, same initial weights, same batch size, CIFAR-10 at 32x32. The three take turns, a few steps at a time (50
 on a GPU, where a few are over before a turn's start and end are), so that a machine that drifts drifts for all; medians
 and ratios of the rounds are printed and written to docs/results.
 First all three take 20 steps on the same images, timesteps and noise: their losses must agree.
@@ -190,14 +190,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="parquet:PATH of CIFAR-10")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="a turn; default: 200 on a GPU, 8 elsewhere")
+    parser.add_argument("--steps", type=int, help="a turn; default: 50 on a GPU, 8 elsewhere")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--switches", action="store_true", help="this loop alone, with the switches of train.speed")
     parser.add_argument("--memory-of", help="the peak memory of a process that does nothing but this one's steps")
     arguments = parser.parse_args()
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = arguments.steps or (200 if device.type == "cuda" else 8)
+    steps = arguments.steps or (50 if device.type == "cuda" else 8)
     config = TrainConfig(
         data=DataConfig(name=arguments.data, subset=arguments.images, train_fraction=0.9),
         model=STUDY if device.type == "cuda" else SMALL,
@@ -220,6 +220,7 @@ def main() -> None:
         contenders[name] = made[name]()
         contenders[name](3)
         made_in[name] = time.perf_counter() - began
+        print(f"{name}: ready for steps after {made_in[name]:.1f} s", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(arguments.rounds + 1):
         for name, work in contenders.items():
@@ -231,6 +232,7 @@ def main() -> None:
                 torch.cuda.synchronize()
             if round_number:  # the first warms up
                 seconds[name].append(time.perf_counter() - began)
+        print({name: round(each[-1], 2) for name, each in seconds.items() if each}, flush=True)
     command = (sys.executable, "-m", "benchmarks.train_throughput", arguments.data, "--images", str(arguments.images))
     memory = {
         name: float(subprocess.run((*command, "--memory-of", name), check=True, capture_output=True, text=True).stdout)

@@ -1,6 +1,5 @@
 """One Tune trial: Ray Train around the training loop, with the rung scorer plugged in."""
 
-import gc
 import os
 import traceback
 from collections.abc import Callable
@@ -73,12 +72,7 @@ def in_reused_process(run: Storage, scorer: RungScorer, rungs: list[int]) -> Cal
 
         from trainer import data, failures, local, loop
 
-        # A trial's memory is its own. Not at the end of the last one, whose frames held its model. First what only
-        # reference cycles hold: a graphed network refers to its own replaced forward, and its graph's memory, weights
-        # and all, would stay until Python looks.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        local.release_memory()  # not at the end of the last trial, whose frames held its model
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         training = TrainConfig.model_validate(config["train"])
         _report_rungs(run.at("train", config["trial"]), training)

@@ -104,6 +104,7 @@ def test_nothing_of_a_training_is_held_once_its_garbage_is_collected(tmp_path, d
             held.append(large())
 
         local.fit(DROPPED, toy_images(), own, own.at("events"), torch.device(device), report)
+        local.release_memory()
         return max(held)
 
     train("first")  # what the process keeps for ever, such as a workspace, is made by now

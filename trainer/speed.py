@@ -70,6 +70,8 @@ def graphed(denoise: Any, inputs: Inputs, autocast: Autocast) -> Any:
     """`denoise` as a CUDA graph; itself where batches have several shapes, which a graph has not, or where it fails."""
     if len(inputs) > 1:
         return denoise
+    # Capturing makes the gradients' nodes on a stream of its own, and PyTorch would warn of that at the first step.
+    torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
     try:
         with autocast():
             return torch.cuda.make_graphed_callables(denoise, inputs[0])
