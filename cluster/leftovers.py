@@ -48,9 +48,9 @@ class Leftovers:
         ]
 
     def _is_a_worker_s(self, bundle: dict[str, float]) -> bool:
-        """Ray rounds a share of a GPU."""
+        """Ray cuts a share of a GPU after four digits."""
         return bundle.keys() == self.worker.keys() and all(
-            math.isclose(bundle[name], amount, rel_tol=1e-3) for name, amount in self.worker.items()
+            math.isclose(bundle[name], amount, rel_tol=1e-3, abs_tol=1e-4) for name, amount in self.worker.items()
         )
 
 

@@ -52,6 +52,7 @@ def prepare(
     """The reference for a data set; None where nothing can judge its images (no labels, no Inception weights).
 
     A classifier is the one that `run` keeps, else that of the cache, else it is trained; and kept in `run` from then.
+    device: where it works; the extractor that comes back is on the CPU, for it is sent to processes that have no GPU.
     Raises ValueError or OSError where the configuration asks for an extractor that cannot be had.
     """
     key = splits.key()
@@ -68,15 +69,16 @@ def prepare(
     progress(f"{extractor.name}: reading the real images")
     train, held_out = splits.train.pixels, splits.held_out.pixels
     shown = splits.held_out.drawn(max(REAL_IMAGES, config.images))
-    train_statistics, judged_train = _judged(extractor, train, splits.train.drawn(REAL_IMAGES))
-    held_out_statistics, judged_held_out = _judged(extractor, held_out, shown)
+    judge = extractor.to(device)
+    train_statistics, judged_train = _judged(judge, train, splits.train.drawn(REAL_IMAGES))
+    held_out_statistics, judged_held_out = _judged(judge, held_out, shown)
     return Reference(
         extractor=extractor,
         train=train_statistics,
         train_features=judged_train.features,
         held_out_statistics=held_out_statistics,
         held_out=judged_held_out,
-        noise=Extraction.joined(map(extractor.extract, _noise(max(len(shown), 2), held_out.shape[1:]))),
+        noise=Extraction.joined(map(judge.extract, _noise(max(len(shown), 2), held_out.shape[1:]))),
         key=f"{key}-{extractor.key}",
     )
 
@@ -119,7 +121,7 @@ def _extractor(
     weights = Path(config.inception_weights).expanduser() if config.inception_weights else None
     wanted = weights is not None or (not labelled and inception_path().is_file())
     if config.extractor == "inception" or (config.extractor == "auto" and wanted):
-        return Inception(weights, device=device)
+        return Inception(weights)
     if not labelled:
         if config.extractor != "auto":
             raise ValueError(f"final.extractor is {config.extractor}, which needs labels, but the data set has none")

@@ -117,7 +117,7 @@ def _prepare(
     scorer = rung_scorer(splits, reference, settings.images, settings.sampler, metric)
     if config.trials_per_gpu == "auto" and cluster.use_gpu and config.train.workers == 1:
         with console.status("measuring a trial's memory"):
-            one = plan.measure_on_cluster(config, scorer, use_gpu=True)
+            one = plan.largest_on_cluster(config, scorer)
         count = capacity.trials_per_gpu(one.gpu_bytes, one.gpu_room_bytes)
         console.print(f"Trials per GPU: {count} ({disk.size(one.gpu_bytes)} each of {disk.size(one.gpu_room_bytes)})")
         config = config.model_copy(update={"trials_per_gpu": count})

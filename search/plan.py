@@ -17,12 +17,14 @@ from evaluation.report_words import label, searched_words
 from evaluation.rung import RungScorer
 from evaluation.sampling import Sampler
 from search import space
-from search.config import SearchConfig
+from search.config import SearchConfig, UserError
 from search.disk import disk_bytes, expected_checkpoint_bytes, size
 from search.records import Records
 from search.searcher import HonestOptunaSearch
 from search.space_config import Range
-from trainer import checkpoint, data, local, loop
+from trainer import checkpoint, data, failures, local, loop
+from trainer.config import TrainConfig
+from trainer.failures import TooLittleMemoryError
 from trainer.storage import Storage
 
 STEPS_SECONDS = 3.0  # how long training steps are timed
@@ -50,16 +52,18 @@ def measure(config: SearchConfig, scorer: RungScorer, asked_at: float) -> Measur
     before, _ = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
     share = max(1, training.batch_size // training.workers)
     images = data.load(training.data).train
-    advance = loop.TrainStep(training.model_copy(update={"batch_size": share}), images, loop.Worker(device))
-    start_seconds = time.time() - asked_at
+    own, worker = training.model_copy(update={"batch_size": share}), loop.Worker(device)
 
     def train(steps: range) -> None:
         for step in steps:
             advance(step)
 
-    train(range(3))
-    count = max(1, min(50, int(STEPS_SECONDS / _seconds(lambda: train(range(3, 4)), device))))
-    step_seconds = _seconds(lambda: train(range(4, 4 + count)), device) / count
+    with failures.explained(own, worker):
+        advance = loop.TrainStep(own, images, worker)
+        start_seconds = time.time() - asked_at
+        train(range(3))
+        count = max(1, min(50, int(STEPS_SECONDS / _seconds(lambda: train(range(3, 4)), device))))
+        step_seconds = _seconds(lambda: train(range(4, 4 + count)), device) / count
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save(Storage(folder), advance.state(), {"config": training.model_dump(mode="json")})
         checkpoint_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
@@ -67,19 +71,27 @@ def measure(config: SearchConfig, scorer: RungScorer, asked_at: float) -> Measur
 
     denoiser, betas = advance.emas[0].model, training.schedule.betas()
 
-    def rung(steps: int) -> None:
-        settings = scorer.sampler.model_copy(update={"steps": steps})
-        dataclasses.replace(scorer, sampler=settings)(denoiser, training, device)
+    def rung(steps: int) -> Callable[[], Any]:
+        scored = dataclasses.replace(scorer, sampler=scorer.sampler.model_copy(update={"steps": steps}))
+        return lambda: scored(denoiser, training, device)
 
     kept = 0
 
-    def block(steps: int) -> None:
-        nonlocal kept
+    def block(steps: int) -> Callable[[], None]:
         settings = config.final.sampler.model_copy(update={"steps": steps})
-        drawn = Sampler(denoiser, betas, images.shape, settings, device).block(0)
-        if scorer.extractor is not None:
-            judged = scorer.extractor.to(device).extract(drawn)
-            kept = (judged.features.nbytes + judged.probabilities.nbytes) // len(drawn)
+        sampler = Sampler(denoiser, betas, images.shape, settings, device)
+        extractor = scorer.extractor and scorer.extractor.to(device)
+        if device.type == "cuda":
+            sampler.block(0)  # its graph, which is captured once for all blocks
+
+        def draw() -> None:
+            nonlocal kept
+            drawn = sampler.block(1)
+            if extractor is not None:
+                judged = extractor.extract(drawn)
+                kept = (judged.features.nbytes + judged.probabilities.nbytes) // len(drawn)
+
+        return draw
 
     rung_seconds = _of_steps(rung, scorer.sampler.steps, device)
     gpu = (0, 0)
@@ -108,10 +120,30 @@ def gpu_memory(total: int, before: int, after: int, reserved: int) -> tuple[int,
 
 
 def measure_on_cluster(config: SearchConfig, scorer: RungScorer, use_gpu: bool) -> Measured:
-    """`measure` where a trial would run."""
-    task = ray.remote(measure).options(num_cpus=1, num_gpus=int(use_gpu), max_retries=0)
-    result: Measured = ray.get(task.remote(config, scorer, time.time()))
+    """`measure` where a trial would run. Raises UserError where one has too little memory."""
+    # max_calls: the process ends, and gives back the GPU's memory, which the next one to measure or train counts on.
+    task = ray.remote(max_calls=1, max_retries=0)(measure).options(num_cpus=1, num_gpus=int(use_gpu))
+    try:
+        result: Measured = ray.get(task.remote(config, scorer, time.time()))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, TooLittleMemoryError):
+            raise UserError(str(error.cause)) from error
+        raise
     return result
+
+
+def largest_on_cluster(config: SearchConfig, scorer: RungScorer) -> Measured:
+    """Of the trials that `config` may try, the one that takes most of a GPU's memory."""
+
+    def needs(training: TrainConfig) -> tuple[Any, ...]:
+        return training.model, training.batch_size, training.micro_batch, len(training.ema_decays)
+
+    unlike = {needs(training): training for _, training in config.variants()}
+    measured = [
+        measure_on_cluster(config.model_copy(update={"train": training}), scorer, use_gpu=True)
+        for training in unlike.values()
+    ]
+    return max(measured, key=lambda one: one.gpu_bytes)
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -122,13 +154,14 @@ def _seconds(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def _of_steps(run: Callable[[int], None], steps: int, device: torch.device) -> float:
-    """Seconds of a sampler of so many steps, from one of two and one of four: the rest is a straight line."""
-    run(1)
-    if steps <= 4:
-        return _seconds(lambda: run(steps), device)
-    two, four = _seconds(lambda: run(2), device), _seconds(lambda: run(4), device)
-    return two + (steps - 2) * max(0.0, four - two) / 2
+def _of_steps(made: Callable[[int], Callable[[], Any]], steps: int, device: torch.device) -> float:
+    """Seconds of a sampler of so many steps, from one of a few and one of more: the rest is a straight line."""
+    few, more = (5, 25) if device.type == "cuda" else (2, 4)  # a GPU's steps are short beside capturing its graph
+    made(1)()
+    if steps <= more:
+        return _seconds(made(steps), device)
+    short, long = _seconds(made(few), device), _seconds(made(more), device)
+    return short + (steps - few) * max(0.0, long - short) / (more - few)
 
 
 def forecast(config: SearchConfig, measured: Measured, images: int, at_once: int, slots: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from evaluation.config import Metric
 from evaluation.reference import Reference
 from search import samplers, watch
 from search.config import SearchConfig, UserError
-from trainer import data
+from trainer import data, local
 from trainer.config import TrainConfig
 from trainer.data import Splits
 from trainer.data_cache import cache_folder
@@ -63,6 +63,7 @@ def reference_of(config: SearchConfig, splits: Splits, console: Console, run: St
             found = reference.prepare(splits, config.final, cache_folder(), device, status.update, run)
         except (ValueError, OSError) as error:
             raise UserError(str(error)) from error
+    local.release_memory()  # a GPU's, which trials need
     if found is not None and found.accuracy is not None:
         console.print(
             f"Extractor:      a classifier of the data's own labels, {found.accuracy:.1%} right on held-out images"

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +58,20 @@ def rung() -> Callable[..., dict[str, Any]]:
         return {"epoch": epoch, "frechet": frechet, "score": score, "grid_loss": grid_loss}
 
     return make
+
+
+@pytest.fixture
+def local_ray(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A Ray of two CPUs. Tests that use it are marked `ray`."""
+    import ray
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=150 * 1024**2,
+        log_to_driver=False,
+        _temp_dir=str(tmp_path_factory.mktemp("r")),
+    )
+    yield
+    ray.shutdown()

@@ -103,6 +103,25 @@ def test_too_little_memory_for_a_rung_asks_for_a_smaller_block_of_its_sampler():
     assert 0 < failed.value.worker_seconds < 60
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_a_gpu_s_memory_ends_in_several_words(error):
+    with pytest.raises(TooLittleMemoryError, match=r"set train\.micro_batch to "), explained(TINY, CPU):
+        raise error
+
+
+def test_another_fault_of_a_gpu_is_not_too_little_memory():
+    with pytest.raises(torch.AcceleratorError, match="illegal"), explained(TINY, CPU):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
 def silent_worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(

@@ -63,9 +63,10 @@ def compile_in_a_process(_: int, folder: str, name: str) -> None:
         advance = TrainStep(config, toy_images(), CPU)  # seven images a step: four at once, and three
         graphs.append(counters["stats"]["unique_graphs"])
         losses[str(compiles)] = [advance(step)[0].item() for step in range(8)]
+        compiled = advance.switches.compile
         graphs.append(counters["stats"]["unique_graphs"])
     found = {name: counters["inductor"][f"fxgraph_cache_{name}"] for name in ("hit", "miss")}
-    Path(folder, name).write_text(json.dumps({"losses": losses, "graphs": graphs, **found}))
+    Path(folder, name).write_text(json.dumps({"losses": losses, "graphs": graphs, "compiled": compiled, **found}))
 
 
 @pytest.fixture
@@ -86,6 +87,7 @@ def compiled(folder: Path, name: str) -> dict[str, Any]:
 def test_compiling_changes_only_rounding_and_is_done_once_a_node(tmp_path):
     first, second = (compiled(tmp_path, name) for name in ("first", "second"))
     for process in (first, second):
+        assert process["compiled"]
         assert process["losses"]["True"] == pytest.approx(process["losses"]["False"], rel=1e-5)
         before, after = process["graphs"][2:]
         assert before == after > 0, "a step waited for the compiler"
@@ -105,6 +107,7 @@ def test_where_compiling_fails_training_goes_on_as_without_and_one_line_says_why
     assert len(lines) == 1
     assert "torch.compile failed, going on without" in lines[0]
     assert "No working C++ compiler" in lines[0]
+    assert not found["compiled"]  # so that a GPU's training takes a graph in its place
 
 
 class Recorder(TorchDispatchMode):

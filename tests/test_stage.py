@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -348,20 +348,6 @@ def test_a_model_whose_images_are_not_finite_is_listed_last_with_its_reason(run,
 
 
 # With Ray
-
-
-@pytest.fixture
-def local_ray(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=150 * 1024**2,
-        log_to_driver=False,
-        _temp_dir=str(tmp_path_factory.mktemp("r")),
-    )
-    yield
-    ray.shutdown()
 
 
 def actors() -> list[int]:

@@ -59,7 +59,11 @@ def counted(meta: dict[str, Any], worker: Worker) -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    no_memory = ("can't allocate memory", "could not create a primitive")  # PyTorch's and oneDNN's, on CPUs
+    no_memory = (
+        *("can't allocate memory", "could not create a primitive"),  # PyTorch's and oneDNN's, on CPUs
+        # CUDA's own, outside PyTorch's allocator, where a GPU is shared
+        *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+    )
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in str(error) for said in no_memory)
 
 

@@ -150,9 +150,9 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
             )
     except Exception as error:
         # What every rank meets, and would meet again, is reported. Anything else ends this worker: Ray Train then ends
-        # the others and starts all of them again, up to three times (a hung worker, a storage that is gone).
+        # the others and starts all of them again, up to three times (a hung worker, a storage or a GPU that is gone).
         everywhere = isinstance(error, TrainingFailedError) and not isinstance(error, WorkerFailedError)
-        if not everywhere and (worker.world_size > 1 or isinstance(error, OSError)):
+        if not everywhere and (worker.world_size > 1 or isinstance(error, OSError | torch.AcceleratorError)):
             if isinstance(error, TooLittleMemoryError):
                 checkpoints.write_json(GAVE_UP, failure_report(error))
             raise

@@ -65,7 +65,10 @@ class TrainStep:
             inputs.append((x_t, torch.zeros(count, dtype=torch.int64, device=worker.device)))
         denoise: Any = Denoiser(self.network)
         if self.switches.compile:
-            denoise = speed.compiled(denoise, inputs, self._autocast)
+            denoise, plain = speed.compiled(denoise, inputs, self._autocast), denoise
+            if denoise is plain:  # it failed: what else there is
+                uncompiled = self.config.speed.model_copy(update={"compile": False})
+                self.switches = speed.decide(uncompiled, worker.device, worker.world_size, 0)
         if worker.world_size > 1:
             return DistributedDataParallel(denoise)
         if self.switches.cuda_graphs and worker.device.type == "cuda":
