@@ -24,8 +24,7 @@ from search.config import load
 from trainer import data, step
 from trainer.config import DataConfig, TrainConfig
 from trainer.failures import Worker
-
-CHECKED_EVERY = 50  # steps between two looks at the losses, and at the clock, as the loop of the trainer has it
+from trainer.loop import CHECK_STEPS
 
 
 def settings() -> dict[str, tuple[TrainConfig, tuple[int, ...]]]:
@@ -43,10 +42,10 @@ def train(rank: int, name: str, rounds: list[int], seconds: float, barrier: Any,
 
     def some() -> int:
         nonlocal taken
-        losses = [advance(taken + index)[0] for index in range(CHECKED_EVERY)]
-        taken += CHECKED_EVERY
+        losses = [advance(taken + index)[0] for index in range(CHECK_STEPS)]
+        taken += CHECK_STEPS
         assert torch.stack(losses).isfinite().all()  # waits for the GPU
-        return CHECKED_EVERY
+        return CHECK_STEPS
 
     some()
     for at_once in rounds:
