@@ -152,11 +152,17 @@ class SearchConfig(Config):
         return TrainConfig.model_validate(tree)
 
     def variants(self) -> Iterator[tuple[str, TrainConfig]]:
-        """The base training, and it with each of the choices of space.train, with the prefix of its settings' names."""
+        """The base training, and it with each of the choices of space.train and each known point's settings, with the
+        prefix of its settings' names.
+        """
         yield "train.", self.train
         for name, values in self.space.train.items():
             for value in values:
                 yield f"space.train.{name}: ", self.training({name: value})
+        for index, point in enumerate(self.known_points):
+            settings = {name: value for name, value in point.train.items() if not name.startswith("schedule")}
+            if settings:
+                yield f"known_points.{index}.train: ", self.training(settings)
 
     def rung_epochs(self) -> list[int]:
         return rung_epochs(self.early_stopping.rungs, self.train.epochs)

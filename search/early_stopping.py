@@ -1,6 +1,7 @@
 """Which trials go on: successive halving or the median rule on explicit rungs, decided from the trials table."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from search.driver_only import DriverOnly
 from search.records import Records, Row
 
 MEDIAN_TRIALS = 3  # as Ray's MedianStoppingRule
+NAMED = re.compile(r"[A-Za-z_][\w.]*(\(\w+\))?: ")  # how a traceback says its error
 
 
 def goes_on(value: float, earlier: list[float], reduction: float) -> bool:
@@ -116,6 +118,9 @@ class RungScheduler(DriverOnly, FIFOScheduler):
         """Notes why; whether the trial is tried again or has failed, the searcher is told."""
         file = Path(trial.local_path or "", "error.txt")
         lines = file.read_text(errors="replace").split("\n") if file.is_file() else []
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "its process ended with an error")
+        said = [line.rstrip() for line in lines if line.strip()]
+        # Not always the last line: CUDA's errors go on with hints.
+        named = [line for line in said if NAMED.match(line)]
+        reason = (named or said or ["its process ended with an error"])[-1].strip()
         if self.records[trial.config["trial"]].state == "running":
-            self.records.update(trial.config["trial"], reason=last[:300])
+            self.records.update(trial.config["trial"], reason=reason[:300])

@@ -18,7 +18,7 @@ from evaluation.reference import EXTRACTOR, Reference, rung_scorer
 from evaluation.report_words import count
 from evaluation.rung import RungScorer
 from evaluation.shards import Candidate
-from search import budget, confirm, disk, lease, plan, tables, tuner, watch
+from search import budget, confirm, disk, lease, plan, tables, trial_cost, tuner, watch
 from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt, resume_command
 from search.outcome import REPORT, finish, versions
@@ -67,9 +67,9 @@ def dry_run(
     """What a run would do and cost, measured in a few steps where a trial would run. Writes nothing into `run`."""
     with connect.connected(address) as connection:
         cluster = _with_room(config.room, connection, console)
-        config, reference, scorer, placement = _prepare(config, splits, cluster, console, None)
+        config, reference, scorer, placement = _prepare(config, splits, cluster, console, None, trains=True)
         with console.status("timing a few steps"):
-            measured = plan.measure_on_cluster(config, scorer, cluster.use_gpu)
+            measured = trial_cost.measure_on_cluster(config, scorer, cluster.use_gpu)
     images, train = len(splits.train), config.train
     forecast = plan.forecast(config, measured, images, placement.at_once, sum(cluster.slots()))
     return plan.describe(config, scorer.metric) | {
@@ -104,22 +104,25 @@ def _with_room(
 
 
 def _prepare(
-    config: SearchConfig, splits: Splits, cluster: capacity.Capacity, console: Console, run: Storage | None
+    config: SearchConfig,
+    splits: Splits,
+    cluster: capacity.Capacity,
+    console: Console,
+    run: Storage | None,
+    trains: bool,
 ) -> tuple[SearchConfig, Reference | None, RungScorer, Placement]:
     """What judges the images, what scores a rung (and by what trials are stopped), and how trials are placed.
 
-    The configuration comes back with a number for trials_per_gpu: auto.
+    The configuration comes back with a number for trials_per_gpu: auto, where anything is trained.
     """
     placement = cluster.place(*config.room)
     reference = reference_of(config, splits, console, run)
     metric = choose_metric(config, reference, console)
     settings = config.early_stopping
     scorer = rung_scorer(splits, reference, settings.images, settings.sampler, metric)
-    if config.trials_per_gpu == "auto" and cluster.use_gpu and config.train.workers == 1:
+    if trains and config.trials_per_gpu == "auto" and cluster.use_gpu and config.train.workers == 1:
         with console.status("measuring a trial's memory"):
-            one = plan.largest_on_cluster(config, scorer)
-        count = capacity.trials_per_gpu(one.gpu_bytes, one.gpu_room_bytes)
-        console.print(f"Trials per GPU: {count} ({disk.size(one.gpu_bytes)} each of {disk.size(one.gpu_room_bytes)})")
+            count = trial_cost.trials_per_gpu(config, scorer, console)
         config = config.model_copy(update={"trials_per_gpu": count})
         placement = cluster.place(1, count)
     return config, reference, scorer, placement
@@ -141,8 +144,9 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         cluster = _with_room(config.room, connection, console)
         if not connection.local:
             _check_shared(run)
-        config, reference, scorer, placement = _prepare(config, splits, cluster, console, run)
         left = tuner.trials_left(config, records)
+        trains = bool(left or config.confirmations)
+        config, reference, scorer, placement = _prepare(config, splits, cluster, console, run, trains)
         if left:
             at_once = placement.at_once
             needed = disk.disk_bytes(config, disk.expected_checkpoint_bytes(config, splits.train.shape), at_once)
@@ -254,7 +258,7 @@ def evaluate_again(
             if not connection.local:
                 _check_shared(run)
             asked = config.model_copy(update={"final": final})
-            asked, reference, scorer, _ = _prepare(asked, splits, cluster, console, run)
+            asked, reference, scorer, _ = _prepare(asked, splits, cluster, console, run, trains=asked.confirmations > 0)
             if reference is None:
                 raise UserError(
                     "nothing can judge these images: the data has no labels, so give final.inception_weights in "

@@ -1,167 +1,23 @@
-"""What a run will cost, before it costs anything: `run --dry-run`, from steps that are really taken."""
+"""What a run will cost, before it costs anything: `run --dry-run`."""
 
-import dataclasses
 import math
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import ray
-import torch
 from rich.console import Console
 
 from evaluation.report_words import label, searched_words
-from evaluation.rung import RungScorer
-from evaluation.sampling import Sampler
 from search import space
-from search.config import SearchConfig, UserError
-from search.disk import disk_bytes, expected_checkpoint_bytes, size
+from search.config import SearchConfig
+from search.disk import disk_bytes, size
 from search.records import Records
 from search.searcher import HonestOptunaSearch
 from search.space_config import Range
-from trainer import checkpoint, data, failures, local, loop
-from trainer.config import TrainConfig
-from trainer.failures import TooLittleMemoryError
+from search.trial_cost import Measured
+from trainer import data
 from trainer.storage import Storage
 
-STEPS_SECONDS = 3.0  # how long training steps are timed
 PASSED_BY_MEDIAN = 0.5
-CONTEXT_BYTES = 600 * 2**20  # of a GPU, for CUDA itself in a process, before it holds anything: generous
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Of one worker of one trial with the base training's settings; communication between workers is not in it."""
-
-    start_seconds: float  # a process with its imports and data
-    step_seconds: float
-    rung_seconds: float  # the scores of one EMA
-    checkpoint_bytes: int  # or what is expected of a larger choice of space.train
-    image_seconds: float  # of the final stage: drawing and judging one image
-    image_bytes: int  # what the final stage keeps of one image
-    gpu_bytes: int = 0  # a GPU's memory that one training with its rungs takes, context and all; 0 on CPUs
-    gpu_room_bytes: int = 0  # what others left of it
-
-
-def measure(config: SearchConfig, scorer: RungScorer, asked_at: float) -> Measured:
-    """Trains and samples a few steps in this process. asked_at: time.time() when it was asked for."""
-    training, device = config.train, local.default_device()
-    before, _ = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
-    share = max(1, training.batch_size // training.workers)
-    images = data.load(training.data).train
-    own, worker = training.model_copy(update={"batch_size": share}), loop.Worker(device)
-
-    def train(steps: range) -> None:
-        for step in steps:
-            advance(step)
-
-    with failures.explained(own, worker):
-        advance = loop.TrainStep(own, images, worker)
-        start_seconds = time.time() - asked_at
-        train(range(3))
-        count = max(1, min(50, int(STEPS_SECONDS / _seconds(lambda: train(range(3, 4)), device))))
-        step_seconds = _seconds(lambda: train(range(4, 4 + count)), device) / count
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(Storage(folder), advance.state(), {"config": training.model_dump(mode="json")})
-        checkpoint_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
-    checkpoint_bytes = max(checkpoint_bytes, expected_checkpoint_bytes(config, images.shape))
-
-    denoiser, betas = advance.emas[0].model, training.schedule.betas()
-
-    def rung(steps: int) -> Callable[[], Any]:
-        scored = dataclasses.replace(scorer, sampler=scorer.sampler.model_copy(update={"steps": steps}))
-        return lambda: scored(denoiser, training, device)
-
-    kept = 0
-
-    def block(steps: int) -> Callable[[], None]:
-        settings = config.final.sampler.model_copy(update={"steps": steps})
-        sampler = Sampler(denoiser, betas, images.shape, settings, device)
-        extractor = scorer.extractor and scorer.extractor.to(device)
-        if device.type == "cuda":
-            sampler.block(0)  # its graph, which is captured once for all blocks
-
-        def draw() -> None:
-            nonlocal kept
-            drawn = sampler.block(1)
-            if extractor is not None:
-                judged = extractor.extract(drawn)
-                kept = (judged.features.nbytes + judged.probabilities.nbytes) // len(drawn)
-
-        return draw
-
-    rung_seconds = _of_steps(rung, scorer.sampler.steps, device)
-    gpu = (0, 0)
-    if device.type == "cuda":
-        after, total = torch.cuda.mem_get_info(device)
-        gpu = gpu_memory(total, before, after, torch.cuda.max_memory_reserved(device))
-    block_seconds = _of_steps(block, config.final.sampler.steps, device)
-    return Measured(
-        start_seconds,
-        step_seconds,
-        rung_seconds,
-        checkpoint_bytes,
-        block_seconds / config.final.sampler.block_size,
-        kept,
-        *gpu,
-    )
-
-
-def gpu_memory(total: int, before: int, after: int, reserved: int) -> tuple[int, int]:
-    """Bytes of a GPU that this process takes, and what there is for it and its like.
-
-    before, after: what was free when it had its context and nothing else, and at last; what others had, they keep.
-    reserved: PyTorch's most, which counts where another process ended meanwhile.
-    """
-    return CONTEXT_BYTES + max(before - after, reserved), min(total, before + CONTEXT_BYTES)
-
-
-def measure_on_cluster(config: SearchConfig, scorer: RungScorer, use_gpu: bool) -> Measured:
-    """`measure` where a trial would run. Raises UserError where one has too little memory."""
-    # max_calls: the process ends, and gives back the GPU's memory, which the next one to measure or train counts on.
-    task = ray.remote(max_calls=1, max_retries=0)(measure).options(num_cpus=1, num_gpus=int(use_gpu))
-    try:
-        result: Measured = ray.get(task.remote(config, scorer, time.time()))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, TooLittleMemoryError):
-            raise UserError(str(error.cause)) from error
-        raise
-    return result
-
-
-def largest_on_cluster(config: SearchConfig, scorer: RungScorer) -> Measured:
-    """Of the trials that `config` may try, the one that takes most of a GPU's memory."""
-
-    def needs(training: TrainConfig) -> tuple[Any, ...]:
-        return training.model, training.batch_size, training.micro_batch, len(training.ema_decays)
-
-    unlike = {needs(training): training for _, training in config.variants()}
-    measured = [
-        measure_on_cluster(config.model_copy(update={"train": training}), scorer, use_gpu=True)
-        for training in unlike.values()
-    ]
-    return max(measured, key=lambda one: one.gpu_bytes)
-
-
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    began = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - began
-
-
-def _of_steps(made: Callable[[int], Callable[[], Any]], steps: int, device: torch.device) -> float:
-    """Seconds of a sampler of so many steps, from one of a few and one of more: the rest is a straight line."""
-    few, more = (5, 25) if device.type == "cuda" else (2, 4)  # a GPU's steps are short beside capturing its graph
-    made(1)()
-    if steps <= more:
-        return _seconds(made(steps), device)
-    short, long = _seconds(made(few), device), _seconds(made(more), device)
-    return short + (steps - few) * max(0.0, long - short) / (more - few)
 
 
 def forecast(config: SearchConfig, measured: Measured, images: int, at_once: int, slots: int) -> dict[str, Any]:

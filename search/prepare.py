@@ -10,7 +10,7 @@ from evaluation.config import Metric
 from evaluation.reference import Reference
 from search import samplers, watch
 from search.config import SearchConfig, UserError
-from trainer import data, local
+from trainer import data, failures, local
 from trainer.config import TrainConfig
 from trainer.data import Splits
 from trainer.data_cache import cache_folder
@@ -57,12 +57,20 @@ def reference_of(config: SearchConfig, splits: Splits, console: Console, run: St
     """
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with console.status("") as status:
+    def prepare(device: str) -> Reference | None:
         try:
-            found = reference.prepare(splits, config.final, cache_folder(), device, status.update, run)
-        except (ValueError, OSError) as error:
-            raise UserError(str(error)) from error
+            with console.status("") as status:
+                return reference.prepare(splits, config.final, cache_folder(), device, status.update, run)
+        except RuntimeError as error:
+            if device == "cpu" or not (failures.is_out_of_memory(error) or failures.is_fault_of_gpu(error)):
+                raise
+        console.print("The GPU has no room for the extractor: the CPU reads the real images, which takes longer.")
+        return prepare("cpu")
+
+    try:
+        found = prepare("cuda" if torch.cuda.is_available() else "cpu")
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
     local.release_memory()  # a GPU's, which trials need
     if found is not None and found.accuracy is not None:
         console.print(

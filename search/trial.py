@@ -95,8 +95,8 @@ def in_reused_process(run: Storage, scorer: RungScorer, rungs: list[int]) -> Cal
         except Exception as error:
             if isinstance(error, OSError) and error.errno not in DISK_FULL:
                 raise  # the storage may be back when Tune tries again
-            if isinstance(error, torch.AcceleratorError):
-                raise  # a GPU's fault stays with the process that met it
+            if failures.is_fault_of_gpu(error):
+                raise  # it stays with the process that met it
             traceback.print_exc()
             tune.report(failures.failure_report(error))
 

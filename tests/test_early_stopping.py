@@ -255,9 +255,38 @@ def test_the_checkpoint_is_kept_as_a_path_below_the_run(asha, records, tmp_path,
     assert records.run.exists(f"{records['t0000'].checkpoint}/checkpoint.json")
 
 
-def test_an_error_s_last_line_is_the_reason(asha, records, tmp_path):
-    (tmp_path / "error.txt").write_text("Traceback\n  File x\nOSError: disk full\n\n")
+CUDA_FAULT = """Failure # 1 (occurred at 2026-11-27_16-00-00)
+ray.exceptions.RayTaskError(AcceleratorError): ray::ImplicitFunc.train() (pid=1, ip=10.0.0.1)
+  File "trial.py", line 84, in trial
+    raise torch.AcceleratorError
+torch.AcceleratorError: CUDA error: an illegal memory access was encountered
+Search for `cudaErrorIllegalAddress' in https://docs.nvidia.com/cuda for more information.
+CUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+"""
+DEATH = """Failure # 1 (occurred at 2026-11-27_16-00-00)
+ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
+\tclass_name: ImplicitFunc
+\tpid: 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Traceback\n  File x\nOSError: disk full\n\n", "OSError: disk full"),
+        (CUDA_FAULT, "torch.AcceleratorError: CUDA error: an illegal memory access was encountered"),
+        (DEATH, "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task."),
+        ("no traceback\n", "no traceback"),
+    ],
+)
+def test_the_error_that_is_named_last_is_the_reason(asha, records, tmp_path, text, reason):
+    (tmp_path / "error.txt").write_text(text)
     asha.on_trial_error(None, tune_trial("t0000", str(tmp_path)))
-    assert (records["t0000"].state, records["t0000"].reason) == ("running", "OSError: disk full")
+    assert (records["t0000"].state, records["t0000"].reason) == ("running", reason)
+
+
+def test_a_trial_that_left_no_error_has_a_reason(asha, records):
     asha.on_trial_error(None, tune_trial("t0001"))
     assert records["t0001"].reason == "its process ended with an error"

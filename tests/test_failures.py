@@ -21,7 +21,14 @@ from evaluation.rung import RungScorer
 from trainer import loop
 from trainer.config import TrainConfig
 from trainer.data import Images
-from trainer.failures import TooLittleMemoryError, Worker, WorkerFailedError, explained, failure_report
+from trainer.failures import (
+    TooLittleMemoryError,
+    Worker,
+    WorkerFailedError,
+    explained,
+    failure_report,
+    is_fault_of_gpu,
+)
 
 pytestmark = pytest.mark.slow
 HANG_SECONDS = 3
@@ -109,7 +116,9 @@ def test_too_little_memory_for_a_rung_asks_for_a_smaller_block_of_its_sampler():
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
         torch.AcceleratorError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("CUDA driver error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
     ],
 )
 def test_a_gpu_s_memory_ends_in_several_words(error):
@@ -120,6 +129,20 @@ def test_a_gpu_s_memory_ends_in_several_words(error):
 def test_another_fault_of_a_gpu_is_not_too_little_memory():
     with pytest.raises(torch.AcceleratorError, match="illegal"), explained(TINY, CPU):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize(
+    ("error", "of_gpu"),
+    [
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (TooLittleMemoryError("the GPU's memory is too small"), False),
+    ],
+)
+def test_what_another_process_may_not_meet_is_known(error, of_gpu):
+    assert is_fault_of_gpu(error) == of_gpu
 
 
 def silent_worker(rank: int, folder: str) -> None:

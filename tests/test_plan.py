@@ -2,33 +2,17 @@
 
 import dataclasses
 import io
-import os
-import sys
-import time
-from pathlib import Path
 
-import psutil
 import pytest
-import ray
 import torch
 from rich.console import Console
 
-from evaluation.config import SamplerConfig
-from evaluation.rung import RungScorer
 from search import disk, plan
-from search.config import UserError, load
-from search.plan import Measured
+from search.config import load
+from search.trial_cost import Measured
 from trainer import data, local
 from trainer.storage import Storage
 
-SMALL = [
-    "train.model={channels: [8, 16], attention: [false, true], attention_head_dim: 8, norm_groups: 4}",
-    "train.epochs=1",
-    "train.data.subset=64",
-    "train.batch_size=16",
-    "final.sampler={steps: 6, block_size: 8}",
-]
-GIB = 2**30
 HOUR = Measured(0.0, step_seconds=3.6, rung_seconds=0.0, checkpoint_bytes=1000, image_seconds=0.36, image_bytes=10)
 
 
@@ -107,79 +91,6 @@ def test_the_disk_has_room_for_the_largest_choice():
 def test_the_disk_holds_one_checkpoint_of_each_ended_trial_and_more_of_running_ones():
     assert forecast("final.top=2")["disk_bytes"] == 1000 * (8 + 4) + 2 * 1000 * 10
     assert disk.disk_bytes(load("digits", ["trials=2", "train.epochs=1"]), 1000, at_once=8) == 2 * 4 * 1000
-
-
-@pytest.mark.parametrize("others", [0, 30 * GIB])
-@pytest.mark.parametrize("ended_meanwhile", [0, 20 * GIB])
-def test_memory_of_a_gpu_that_others_hold_is_neither_the_trials_nor_for_trials(others, ended_meanwhile):
-    total, own, context = 80 * GIB, 7 * GIB, plan.CONTEXT_BYTES
-    before = total - others - context
-    after = before - own + min(others, ended_meanwhile)
-    assert plan.gpu_memory(total, before, after, reserved=own) == (own + context, total - others)
-
-
-@pytest.mark.slow
-def test_what_is_measured_is_what_a_training_writes(tmp_path):
-    config = load("digits", SMALL)
-    splits = data.load(config.train.data)
-    scorer = RungScorer(None, None, splits.held_out.pixels, 8, SamplerConfig(steps=6, block_size=8), "grid_loss")
-    measured = plan.measure(config, scorer, 0.0)
-    local.fit(
-        config.train,
-        splits.train,
-        Storage(tmp_path),
-        Storage(tmp_path),
-        torch.device("cpu"),
-        lambda metrics, folder: None,
-    )
-    (folder,) = tmp_path.glob("checkpoint_*")
-    written = sum(file.stat().st_size for file in folder.iterdir())
-    assert measured.checkpoint_bytes == pytest.approx(written, rel=0.05)
-    assert min(measured.step_seconds, measured.rung_seconds, measured.image_seconds) > 0
-
-
-def test_the_memory_of_a_trial_is_that_of_the_largest_that_may_come(monkeypatch):
-    asked = []
-
-    def measured(config, scorer, use_gpu):
-        asked.append((config.train.batch_size, len(config.train.ema_decays)))
-        return dataclasses.replace(HOUR, gpu_bytes=asked[-1][0] * asked[-1][1])
-
-    monkeypatch.setattr(plan, "measure_on_cluster", measured)
-    choices = ["space.train.batch_size=[16, 64, 32]", "space.train.lr_decay=[0.5, 0.9]"]
-    found = plan.largest_on_cluster(load("digits", [*SMALL, *choices]), None)  # type: ignore[arg-type]
-    assert found.gpu_bytes == 64
-    assert sorted(asked) == [(16, 1), (32, 1), (64, 1)]  # what changes no memory is not measured again
-
-
-@dataclasses.dataclass(frozen=True)
-class Signing(RungScorer):
-    """Leaves the process that it scored in."""
-
-    folder: str = ""
-
-    def __call__(self, *args):
-        Path(self.folder, str(os.getpid())).touch()
-        return super().__call__(*args)
-
-
-@pytest.mark.slow
-@pytest.mark.ray
-def test_what_measures_ends_and_gives_its_memory_back_and_too_little_memory_is_the_user_s_to_mend(tmp_path, local_ray):
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not see the tests
-    config = load("digits", SMALL)
-    probe = data.load(config.train.data).held_out.pixels
-    sampler = SamplerConfig(steps=6, block_size=8)
-    plan.measure_on_cluster(config, Signing(None, None, probe, 8, sampler, "grid_loss", str(tmp_path)), use_gpu=False)
-    (process,) = (int(path.name) for path in tmp_path.iterdir())
-    end = time.monotonic() + 20
-    while psutil.pid_exists(process):
-        assert time.monotonic() < end, "it keeps what it took, of a GPU too"
-        time.sleep(0.1)
-
-    too_large = sampler.model_copy(update={"block_size": 2**51})
-    with pytest.raises(UserError, match=f"early_stopping.sampler.block_size to {2**50} "):
-        plan.measure_on_cluster(config, RungScorer(None, None, probe, 8, too_large, "grid_loss"), use_gpu=False)
 
 
 @pytest.mark.slow

@@ -61,10 +61,18 @@ def counted(meta: dict[str, Any], worker: Worker) -> Iterator[None]:
 def is_out_of_memory(error: Exception) -> bool:
     no_memory = (
         *("can't allocate memory", "could not create a primitive"),  # PyTorch's and oneDNN's, on CPUs
-        # CUDA's own, outside PyTorch's allocator, where a GPU is shared
-        *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+        # CUDA's own, Triton's, cuBLAS' and cuDNN's, outside PyTorch's allocator, where a GPU is shared
+        *("CUDA error: out of memory", "CUDA driver error: out of memory", "Triton Error [CUDA]: out of memory"),
+        *("STATUS_ALLOC_FAILED", "ALLOCATION_FAILED"),
     )
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(said in str(error) for said in no_memory)
+
+
+def is_fault_of_gpu(error: Exception) -> bool:
+    """Of the device or its driver: another process may go on where this one cannot."""
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and any(said in str(error) for said in ("CUDA error", "cuDNN error"))
+    )
 
 
 def memory_of(device: torch.device) -> str:

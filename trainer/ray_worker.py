@@ -17,7 +17,13 @@ from ray.train.v2.api.callback import UserCallback
 from trainer import checkpoint, data, loop
 from trainer.config import TrainConfig
 from trainer.event_log import EventLog
-from trainer.failures import TooLittleMemoryError, TrainingFailedError, WorkerFailedError, failure_report
+from trainer.failures import (
+    TooLittleMemoryError,
+    TrainingFailedError,
+    WorkerFailedError,
+    failure_report,
+    is_fault_of_gpu,
+)
 from trainer.storage import Storage
 from trainer.upload import Uploader
 
@@ -152,7 +158,8 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
         # What every rank meets, and would meet again, is reported. Anything else ends this worker: Ray Train then ends
         # the others and starts all of them again, up to three times (a hung worker, a storage or a GPU that is gone).
         everywhere = isinstance(error, TrainingFailedError) and not isinstance(error, WorkerFailedError)
-        if not everywhere and (worker.world_size > 1 or isinstance(error, OSError | torch.AcceleratorError)):
+        again = isinstance(error, OSError) or is_fault_of_gpu(error)
+        if not everywhere and (worker.world_size > 1 or again):
             if isinstance(error, TooLittleMemoryError):
                 checkpoints.write_json(GAVE_UP, failure_report(error))
             raise

@@ -1,6 +1,7 @@
 """How fast a step is: what `auto` means, and the U-Net as a CUDA graph or compiled."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def replayed(denoise: Callable[..., torch.Tensor], x_t: torch.Tensor, t: torch.T
     """`denoise` without gradients as a CUDA graph for inputs like these; itself where capturing fails."""
     x_t, t = x_t.clone(), t.clone()
     try:
-        current, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        current, beside = torch.cuda.current_stream(), _beside()
         beside.wait_stream(current)
         with torch.cuda.stream(beside):  # libraries choose and allocate at their first calls, which a graph must not
             for _ in range(2):
@@ -105,6 +106,12 @@ def replayed(denoise: Callable[..., torch.Tensor], x_t: torch.Tensor, t: torch.T
         return output.clone()  # the next replay writes there
 
     return replay
+
+
+@functools.cache
+def _beside() -> torch.cuda.Stream:
+    """One for the process: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream()
 
 
 def _first_line(error: Exception) -> str:
