@@ -1,6 +1,6 @@
 """How much faster several trainings on one GPU are than one after the other: what `trials_per_gpu` gains.
 
-    python -m benchmarks.gpu_sharing [--at-once 1 2 4 8] [--seconds 6]
+    python -m benchmarks.gpu_sharing [--at-once 2 4 8] [--seconds 6]
 
 Each training is a process of its own, as a trial is. All are set up first; then as many as it says train at the same
 time for some seconds while the others wait. Images are random pixels: a step costs the same. The study's U-Net (38.4M,
@@ -25,6 +25,8 @@ from trainer import data, step
 from trainer.config import DataConfig, TrainConfig
 from trainer.failures import Worker
 from trainer.loop import CHECK_STEPS
+
+START_SECONDS = 300  # that all are set up in
 
 
 def settings() -> dict[str, tuple[TrainConfig, tuple[int, ...]]]:
@@ -54,13 +56,15 @@ def train(rank: int, name: str, rounds: list[int], seconds: float, barrier: Any,
         while rank < at_once and time.perf_counter() - began < seconds:
             steps += some()
         if rank < at_once:
-            done.put((at_once, steps * config.batch_size / (time.perf_counter() - began)))
+            rate = steps * config.batch_size / (time.perf_counter() - began)
+            print(f"{name}, {at_once} at once: {rate:,.0f} images/s of one", flush=True)
+            done.put((at_once, rate))
         barrier.wait()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--at-once", type=int, nargs="+", default=[2, 4, 8], help="beside one alone")
     parser.add_argument("--seconds", type=float, default=6.0)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -68,19 +72,19 @@ def main() -> None:
     table = Table("", "at once", "images/s together", "times one alone")
     result: dict[str, Any] = {}
     for name in settings():
-        context, rounds = mp.get_context("spawn"), arguments.at_once
-        barrier, done = context.Barrier(max(rounds)), context.Queue()
+        context, rounds = mp.get_context("spawn"), sorted({1, *arguments.at_once})
+        barrier, done = context.Barrier(max(rounds), timeout=START_SECONDS), context.Queue()
         options = (name, rounds, arguments.seconds, barrier, done)
         workers = mp.spawn(train, options, max(rounds), join=False)
+        while not workers.join():  # raises what one of them raised, and ends the others
+            pass
         rates: dict[int, list[float]] = {at_once: [] for at_once in rounds}
         for _ in range(sum(rounds)):
-            at_once, rate = done.get(timeout=300)
-            print(f"{name}, {at_once} at once: {rate:,.0f} images/s of one", flush=True)
+            at_once, rate = done.get()
             rates[at_once].append(rate)
-        workers.join()
         result[name] = {str(at_once): sum(each) for at_once, each in rates.items()}
         for at_once, together in result[name].items():
-            table.add_row(name, at_once, f"{together:,.0f}", f"{together / next(iter(result[name].values())):.2f}")
+            table.add_row(name, at_once, f"{together:,.0f}", f"{together / result[name]['1']:.2f}")
     Console().print(table)
     mps = "CUDA_MPS_PIPE_DIRECTORY" in os.environ
     where = {"device": torch.cuda.get_device_name(), "mps": mps, "seconds": arguments.seconds}

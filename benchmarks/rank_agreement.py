@@ -1,6 +1,6 @@
 """How well fewer sampling steps and fewer images rank the trials of a finished run as the full setting does.
 
-    python -m benchmarks.rank_agreement runs/digits [--full-steps 250] [--full-images 5000]
+    python -m benchmarks.rank_agreement runs/digits [--full-steps 100] [--full-images 5000]
 
 Images of every trial are drawn at each setting (kept in the run as `evaluate` keeps them) and ranked by score and by
 Fréchet distance. Agreement is Kendall's tau with the ranking at the full setting; its interval is a percentile
@@ -64,7 +64,7 @@ def agreement(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="the folder of a finished run")
-    parser.add_argument("--full-steps", type=int, default=250)
+    parser.add_argument("--full-steps", type=int, default=100)
     parser.add_argument("--full-images", type=int, default=5000)
     arguments = parser.parse_args()
     console = Console()
