@@ -1,5 +1,6 @@
 """A run on S3: a server on loopback, which answers with errors for a while."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -75,6 +76,30 @@ def test_a_storage_that_is_away_is_waited_for_and_a_wrong_one_is_not(server):
     assert time.monotonic() - began < 20
 
 
+def test_a_reader_sees_the_old_file_or_the_new_one_and_no_part_of_either(server):
+    run, done = Storage(server.uri).at("b"), threading.Event()
+
+    def content(number: int) -> bytes:
+        return b"%d," % number * (200_000 if number % 2 else 2)
+
+    def write() -> None:
+        for number in itertools.count(1):
+            if done.is_set():
+                return
+            run.write("x", content(number))
+            time.sleep(0.03)
+
+    run.write("x", content(0))
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        seen = [run.read("x") for _ in range(40)]
+    finally:
+        done.set()
+        writer.join()
+    assert [text == content(int(text.split(b",")[0])) for text in seen] == [True] * 40
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("runner", ["train", "reuse"])
 def test_a_search_on_s3_is_killed_resumed_and_outlives_its_storage_s_absence(
@@ -105,7 +130,7 @@ def test_a_search_on_s3_is_killed_resumed_and_outlives_its_storage_s_absence(
         wait_for(2, first)
         os.kill(first.pid, signal.SIGKILL)
     before = {row.trial: row for row in Records.load(place)}
-    assert any(row.state == "running" for row in before.values()), "nothing is left to be resumed"
+    assert any(row.state == "running" for row in before.values()), [(row.state, row.epoch) for row in before.values()]
     with (
         (tmp_path / "log").open("w") as log,
         subprocess.Popen((*command, "resume", place.uri), env=environment, stdout=log, stderr=log) as second,

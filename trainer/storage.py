@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 from pyarrow import fs as pafs
 
 PATIENCE_SECONDS = 120.0
+OBJECT_STORES = ("s3", "gcs")
 PASSING = (
     "NETWORK_CONNECTION",
     "SLOW_DOWN",
@@ -21,6 +22,7 @@ PASSING = (
     "INTERNAL_FAILURE",
     "REQUEST_TIMEOUT",
     "HTTP status 5",
+    "HTTP status 416",  # a shorter object was written between asking for its size and for so many bytes
 )
 
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -84,14 +86,23 @@ class Storage:
     @_patient
     def read(self, path: str) -> bytes:
         """Raises FileNotFoundError where there is no such file."""
-        with self.fs.open_input_stream(self._full(path), compression=None) as stream:
-            return stream.read()
+        while True:
+            with self.fs.open_input_stream(self._full(path), compression=None) as stream:
+                what, content = stream.metadata(), stream.read()
+            if self.fs.type_name not in OBJECT_STORES:
+                return content
+            # pyarrow asks for the size, and then for so many bytes: of another object, where one was written meanwhile.
+            with self.fs.open_input_stream(self._full(path), compression=None) as stream:
+                if stream.metadata() == what:  # the ETag is in it
+                    return content
 
     @_patient
     def write(self, path: str, content: bytes) -> None:
         full = self._full(path)
         parent = full.rsplit("/", 1)[0]
-        if self.fs.type_name not in ("s3", "gcs"):  # have no folders; marking each would be three requests a write
+        if (
+            self.fs.type_name not in OBJECT_STORES
+        ):  # these have no folders; marking each would be three requests a write
             self.fs.create_dir(parent, recursive=True)
         if not self.is_local:
             with self.fs.open_output_stream(full, compression=None) as stream:
