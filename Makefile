@@ -27,11 +27,11 @@ test: lint
 test-fast: .venv/installed
 	$(PYTEST) $(BY_TWO) -m "not slow"
 
-# Kills workers, nodes, drivers and heads of clusters of several nodes on this machine; some twenty minutes.
+# Kills workers, nodes, drivers and heads of clusters of several nodes on this machine; half an hour and more.
 test-faults: .venv/installed
 	$(BIN)/python -m pytest -m faults
 
-# Every figure of docs/ measured anew: hours on two cores, with nothing else at work. Where a bar is missed
+# The figures of docs/results measured anew: hours on two cores, with nothing else at work. Where a bar is missed
 # the script says so, and the rest goes on. CIFAR10 is parquet:PATH of its files; recorded curves are not made again.
 CIFAR10 ?= parquet:/data/cifar10
 MEASURE := $(BIN)/python -m benchmarks.

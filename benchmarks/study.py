@@ -117,9 +117,10 @@ def verdict(result: dict[str, Any]) -> str:
         told.append(f"{what} {one['by']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}) beside {one['rival']}, "
                     f"{judged}")  # fmt: skip
     score, frechet = own["score"], own["frechet"]
+    scored = sum(seed["score"] is not None for seed in own["by_seed"]) - 1  # the first is the search's own
     return (
         f"{tried}; {found['worker_hours']:.2f} worker-hours in all, the five schedules took "
-        f"{result['five_rows_worker_hours']:.2f}. Its best, from {result['seeds']} new seeds: {own['label']} at "
+        f"{result['five_rows_worker_hours']:.2f}. Its best, from {scored} new seeds: {own['label']} at "
         f"learning rate {own['learning_rate']:.2g} and dropout {own['dropout']:.2f}, {result['score_name']} "
         f"{interval(score['mean'], score['ci'], 3)}, Fréchet distance {interval(frechet['value'], frechet['ci'], 2)}. "
         f"Against the best of the five by each: {'; '.join(told)}."

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, filled
 
+ARGUMENTS = {"search_efficiency": " compare", "rank_agreement": " RUN"}
 MEMORY = ("driver_memory_mib", "memory_of_all_processes_mib")
 PAGE, TRAINING = RESULTS.parent / "benchmarks.md", RESULTS.parent / "training.md"
 
@@ -30,7 +31,7 @@ def page() -> str:
             result = json.loads(path.read_text())
             parts.append(section(result))
             where = f"{result['machine']}, commit {result['commit']}. {result.get('note', '')}"
-            parts.append(f"`python -m benchmarks.{name}`, {where}".strip())
+            parts.append(f"`python -m benchmarks.{name}{ARGUMENTS.get(name, '')}`, {where}".strip())
     return "\n\n".join(parts) + "\n"
 
 

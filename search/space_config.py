@@ -133,7 +133,7 @@ def _some_keep_the_laws(family: Family, own: FamilySpace) -> None:
 
 
 class KnownPoint(Config):
-    """A configuration to try before any suggestion; what is left out is the base training's."""
+    """A configuration to try before any suggestion; what is left out is the base training's, and tau 1."""
 
     family: Family
     start: float

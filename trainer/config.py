@@ -82,7 +82,7 @@ class DataConfig(Config):
     """
 
     name: str = "digits"
-    root: str | None = Field(None, description="where torchvision's files are; None is ~/.cache/ddpm-search/data")
+    root: str | None = Field(None, description="where torchvision's files are; None is data in the cache folder")
     download: bool = Field(False, description="fetch a published data set that is not in root")
     subset: int | None = Field(None, ge=2, description="images used, drawn by seed; None is all of them")
     train_fraction: float = Field(0.8, gt=0, lt=1, description="the rest is held out")

@@ -110,7 +110,7 @@ def _out_of_memory(config: TrainConfig, worker: Worker) -> str:
     most = -(-config.batch_size // worker.world_size)
     at_once = min(config.micro_batch or most, most)
     remedy = (
-        f"set train.micro_batch to {at_once // 2} (gradients are accumulated, and the same is learned)"
+        f"set train.micro_batch to {at_once // 2} (gradients are accumulated: the same batch is learned from)"
         if at_once > 1
         else "give a smaller train.model or a smaller train.data.image_size"
     )
