@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ class Server:
         where = f"127.0.0.1:{self.server.server_port}"
         store = fs.S3FileSystem(endpoint_override=where, scheme="http", region="us-east-1", allow_bucket_creation=True)
         store.create_dir("bucket")
-        self.uri = f"s3://bucket/runs?endpoint_override={where}&scheme=http&region=us-east-1"
+        # Moto keeps what it has for the whole process: every server has a folder of its own.
+        self.uri = f"s3://bucket/{uuid.uuid4().hex}?endpoint_override={where}&scheme=http&region=us-east-1"
 
     def answer(self, environment: dict[str, Any], start: Any) -> Any:
         if not self.broken:
