@@ -50,7 +50,7 @@ def figures(run: Storage) -> dict[str, Any]:
         "tied_with",
         "confirmed",
         "trial",
-        "by_seed",
+        "trainings",
         "reason",
         "precision",
         "recall",
@@ -60,7 +60,7 @@ def figures(run: Storage) -> dict[str, Any]:
         rows.append(
             {name: row.get(name) for name in names}
             | {"label": label(row), "reported": REPORTED.get(label(row)), "plain": not row["settings"]}
-            | {"worker_seconds": round(sum(seconds[seed["trial"]] for seed in row["by_seed"]), 1)}
+            | {"worker_seconds": round(sum(seconds[seed["trial"]] for seed in row["trainings"]), 1)}
         )
     shared = ("score_name", "held_out_accuracy", "images", "split_size", "sampler", "real", "noise")
     return {
@@ -85,7 +85,7 @@ def searched(run: Storage, rows: list[dict[str, Any]]) -> dict[str, Any]:
     found = [row for row in ranking["trials"] if row["confirmed"]]
     if not found:
         raise SystemExit(f"{run.uri} has confirmed nothing; give final.confirm.top")
-    names = ("trial", "family", "start", "end", "tau", "learning_rate", "dropout", "score", "frechet", "by_seed")
+    names = ("trial", "family", "start", "end", "tau", "learning_rate", "dropout", "score", "frechet", "trainings")
     best = {name: found[0][name] for name in names} | {"label": label(found[0])}
     # Both drew their images from the same noise, and earlier versions trained from the same seeds: whatever the
     # covariance, the standard deviation of a difference is at most the sum of the two.
@@ -117,7 +117,7 @@ def verdict(result: dict[str, Any]) -> str:
         told.append(f"{what} {one['by']:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f}) beside {one['rival']}, "
                     f"{judged}")  # fmt: skip
     score, frechet = own["score"], own["frechet"]
-    scored = sum(seed["score"] is not None for seed in own["by_seed"]) - 1  # the first is the search's own
+    scored = sum(seed["score"] is not None for seed in own["trainings"]) - 1  # the first is the search's own
     return (
         f"{tried}; {found['worker_hours']:.2f} worker-hours in all, the five schedules took "
         f"{result['five_rows_worker_hours']:.2f}. Its best, from {scored} new seeds: {own['label']} at "
@@ -179,7 +179,9 @@ def draw(run: Storage) -> None:
     config, _, records = open_run(run.uri)
     rows = {row.trial: row for row in confirm.all_rows(run, records)}
     ranking = run.read_json("ranking.json")
-    trials: list[tuple[str, Row]] = [(label(row), rows[row["best_seed"]]) for row in ranking["trials"] if row["rank"]]
+    trials: list[tuple[str, Row]] = [
+        (label(row), rows[row["best_training"]]) for row in ranking["trials"] if row["rank"]
+    ]
     schedules = [space.train_config(config, vars(row)).schedule for name, row in trials if "no EMA" not in name]
     pictures.plot_schedules(schedules, IMAGES / f"{config.name}-schedules.png")
     logs = [(name, read(next(Path(run.root).glob(f"**/tensorboard/{row.trial}")))) for name, row in trials]

@@ -27,7 +27,7 @@ def model_card(
 ) -> str:
     """The text of README.md.
 
-    row: the trial in trials.parquet. ranking: ranking.json, entry: the trial in it, or the one it repeats; None where
+    row: the trial in trials.parquet. ranking: ranking.json, entry: the trial in it, or the one it confirms; None where
     it was not scored.
     """
     config = checkpoint.config
@@ -133,10 +133,10 @@ def _quality(ranking: dict[str, Any] | None, entry: dict[str, Any] | None, trial
     sampler = sampler_words(ranking["sampler"] | ({"steps": entry["steps"]} if entry.get("steps") else {}))
     this, of = "this model", "of this trained model, not of its configuration"
     if entry["confirmed"]:
-        this, of = f"the configuration, mean of {len(entry['seeds'])} new seeds", "of the configuration"
+        this, of = f"the configuration, mean of {len(entry['mean_of'])} new seeds", "of the configuration"
     elif trial != entry["trial"]:  # too few of the configuration's new seeds could be scored to confirm it
         this, of = f"its first training, {entry['trial']}", f"of {entry['trial']}, not of its configuration"
-    own = [] if this == "this model" else [_seed(seed, name, trial) for seed in entry["by_seed"]]
+    own = [] if this == "this model" else [_seed(seed, name, trial) for seed in entry["trainings"]]
     return [
         f"| | {name} | Fréchet distance |",
         "|---|---|---|",

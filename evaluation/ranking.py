@@ -11,7 +11,7 @@ an image, less A) gives standard errors a tenth too small. Leaving out one image
 one noise, so the sums of products are the covariance that a paired comparison needs. A score is the exponential of a
 mean, and its error grows with it: intervals are of its logarithm.
 
-Trials that were trained again from new seeds (`TrialSamples.repeats`) are repeats of one configuration. Its score is
+Trials that were trained again from new seeds (`TrialSamples.confirms`) are trainings of one configuration. Its score is
 the mean of its new seeds alone: the first one was chosen for being good, and flatters it (the winner's curse). How the
 spread between seeds comes into the interval: evaluation/joint.py.
 
@@ -45,7 +45,7 @@ Distance = Callable[[Array], tuple[float, Array]]  # features (N, D) → value a
 class TrialSamples:
     """What the extractor made of one trial's images: index i is the same noise in every trial.
 
-    `reason` says why there are none (a failed trial); probabilities and features are then not looked at. `repeats`
+    `reason` says why there are none (a failed trial); probabilities and features are then not looked at. `confirms`
     names the trial whose configuration this one is, trained from another seed.
     """
 
@@ -53,7 +53,7 @@ class TrialSamples:
     probabilities: ArrayLike | None = None  # (N, K)
     features: ArrayLike | None = None  # (N, D)
     reason: str | None = None
-    repeats: str | None = None
+    confirms: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RankedTrial:
 
     `distances` (the Fréchet distance among them) have an interval of E[distance at N] to the reference as it is:
     neither is extrapolated to endless images. Where the row is confirmed, intervals speak of the configuration, and
-    every number is the mean over `seeds`; `best_seed` is the trial of the highest score among those and the first one.
+    every number is the mean over `mean_of`; `best_training` has the highest score among those and the first one.
     `to_next` is the score's paired difference to the row of the next rank, None where there is none. It speaks of what
     `tied_with` speaks of, also where that row is the first that is not confirmed: it is below 0 if that scored higher.
     """
@@ -85,13 +85,13 @@ class RankedTrial:
     to_next: Interval | None
     confirmed: bool
     reason: str | None
-    seeds: tuple[str, ...]
-    best_seed: str | None
+    mean_of: tuple[str, ...]
+    best_training: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as json reads them back."""
         row = asdict(self)
-        row |= {"tied_with": list(self.tied_with), "seeds": list(self.seeds)}
+        row |= {"tied_with": list(self.tied_with), "mean_of": list(self.mean_of)}
         if self.to_next is not None:
             row["to_next"] = {"score": self.to_next.value, "ci": list(self.to_next.ci)}
         if self.score is not None:
@@ -106,8 +106,8 @@ def rank(
     split_size: int,
     distances: Mapping[str, Distance] | None = None,
 ) -> list[RankedTrial]:
-    """Order configurations by score, the highest first: confirmed ones (at least 2 repeats that have a score), then
-    those of one checkpoint, then those without a score in the order given, with their reason.
+    """Order configurations by score, the highest first: confirmed ones (at least 2 new trainings have a score),
+    then those of one checkpoint, then those without a score in the order given, with their reason.
 
     reference: real features (M, D) or their statistics; `distances` are others than the Fréchet distance to it.
     `tied_with` names every row whose paired difference to this one has a confidence interval that contains 0 (each pair
@@ -119,10 +119,10 @@ def rank(
     _check(trials, split_size)
     frechet: Distance = partial(frechet_influence, reference=reference)
     scored, reasons = _score_all(trials, {"frechet": frechet} | dict(distances or {}), split_size)
-    rows = [trial.trial for trial in trials if trial.repeats is None]
-    repeats = {row: [t.trial for t in trials if t.repeats == row and t.trial in scored] for row in rows}
-    confirmed = {row for row in rows if len(repeats[row]) >= 2}
-    members = {row: repeats[row] if row in confirmed else [row] for row in rows if row in confirmed or row in scored}
+    rows = [trial.trial for trial in trials if trial.confirms is None]
+    again = {row: [t.trial for t in trials if t.confirms == row and t.trial in scored] for row in rows}
+    confirmed = {row for row in rows if len(again[row]) >= 2}
+    members = {row: again[row] if row in confirmed else [row] for row in rows if row in confirmed or row in scored}
     order = {row: np.mean([scored[name].values["score"] for name in own]) for row, own in members.items()}
     ranked = sorted(members, key=lambda row: (row not in confirmed, -order[row], row))
     failed = [
@@ -153,7 +153,7 @@ def rank(
     result = []
     for i, row in enumerate(ranked):
         std = None if row in confirmed else scored[row].std
-        best = max((name for name in (row, *repeats[row]) if name in scored), key=lambda n: scored[n].values["score"])
+        best = max((name for name in (row, *again[row]) if name in scored), key=lambda n: scored[n].values["score"])
         result.append(
             RankedTrial(
                 rank=i + 1,
@@ -168,8 +168,8 @@ def rank(
                 to_next=to_next[i] if i < len(to_next) else None,
                 confirmed=row in confirmed,
                 reason=None,
-                seeds=tuple(members[row]),
-                best_seed=best,
+                mean_of=tuple(members[row]),
+                best_training=best,
             )
         )
     return result + failed

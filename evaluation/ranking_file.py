@@ -27,9 +27,9 @@ def ranking(
     """
     drawn = {c.trial: extraction_of(run, c, config, reference) for c in candidates if c.trial not in notes}
     steps = {c.trial: min(config.sampler.steps, identity(run, c)[1]) for c in candidates if c.trial in drawn}
-    repeats = {c.trial: c.repeats for c in candidates}
-    samples = [TrialSamples(t, judged.probabilities, judged.features, None, repeats[t]) for t, judged in drawn.items()]
-    samples += [TrialSamples(trial, reason=reason, repeats=repeats.get(trial)) for trial, reason in notes.items()]
+    confirms = {c.trial: c.confirms for c in candidates}
+    samples = [TrialSamples(t, judged.probabilities, judged.features, None, confirms[t]) for t, judged in drawn.items()]
+    samples += [TrialSamples(trial, reason=reason, confirms=confirms.get(trial)) for trial, reason in notes.items()]
     train = reference.train_features
     distances: dict[str, Distance] = {
         "frechet_held_out": lambda features: scores.frechet_influence(features, reference.held_out_statistics),
@@ -57,19 +57,19 @@ def ranking(
         return with_neighbours(judged, real_n) | {"kid": scores.kid_influence(judged.features[:real_n], train)[0]}
 
     def row(trial: RankedTrial) -> dict[str, Any]:
-        """A confirmed row's numbers are means over its seeds; `by_seed` has each, the first one too."""
-        judged = [drawn[seed] for seed in trial.seeds]
+        """A confirmed row's numbers are means over its seeds; `trainings` has each, the first one too."""
+        judged = [drawn[name] for name in trial.mean_of]
 
         def mean_at(n: int) -> dict[str, Any] | None:
-            return _mean([with_neighbours(seed, n) for seed in judged])
+            return _mean([with_neighbours(one, n) for one in judged])
 
         whole = mean_at(config.images)
-        own = [name for name, of in repeats.items() if trial.trial in (name, of)]
+        own = [name for name, of in confirms.items() if trial.trial in (name, of)]
         lost = {"n": 0, "score": None, "frechet": None}
         return trial.to_dict() | {
-            "steps": max((steps[seed] for seed in trial.seeds), default=None),
+            "steps": max((steps[name] for name in trial.mean_of), default=None),
             "at_real_n": whole if real_n == config.images else mean_at(real_n),
-            "by_seed": [
+            "trainings": [
                 (at(drawn[name], config.images) if name in drawn else lost) | {"trial": name, "reason": notes.get(name)}
                 for name in own
             ],

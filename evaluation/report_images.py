@@ -51,10 +51,10 @@ def final_grids(
 
 def _which_training(entry: Mapping[str, Any]) -> str:
     """Whose images are shown under a score that is the mean of several trainings'."""
-    if not entry.get("confirmed") or not entry.get("best_seed"):
+    if not entry.get("confirmed") or not entry.get("best_training"):
         return ""
-    scored = sum(seed["score"] is not None for seed in entry.get("by_seed") or [])
-    return f"<br>images of {escape(entry['best_seed'])}" + (f", its best of {scored}" if scored else "")
+    scored = sum(own["score"] is not None for own in entry.get("trainings") or [])
+    return f"<br>images of {escape(entry['best_training'])}" + (f", its best of {scored}" if scored else "")
 
 
 def rung_grids(

@@ -109,11 +109,11 @@ def _splits(entry: Mapping[str, Any]) -> str:
 
 def confirmation(entry: Mapping[str, Any]) -> str:
     """Of how many trainings a row speaks, and why not of more; nothing where it is one."""
-    again = [seed for seed in entry.get("by_seed") or [] if seed["trial"] != entry["trial"]]
-    failed = [seed for seed in again if seed["score"] is None]
-    reasons = "; ".join(dict.fromkeys(reason(seed["reason"]) for seed in failed))
-    if entry["confirmed"] and entry.get("seeds"):
-        said = f"confirmed: the mean of {count(len(entry['seeds']), 'new training')}"
+    again = [own for own in entry.get("trainings") or [] if own["trial"] != entry["trial"]]
+    failed = [own for own in again if own["score"] is None]
+    reasons = "; ".join(dict.fromkeys(reason(own["reason"]) for own in failed))
+    if entry["confirmed"] and entry.get("mean_of"):
+        said = f"confirmed: the mean of {count(len(entry['mean_of']), 'new training')}"
         return f"{said} ({len(failed)} of {len(again)} failed: {reasons})" if failed else said
     return f"not confirmed: {len(failed)} of {len(again)} new trainings failed: {reasons}" if failed else ""
 

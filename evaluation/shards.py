@@ -29,12 +29,12 @@ KEPT_IMAGES = 64  # of each trial, for the report
 class Candidate:
     """A trial of the final stage; `checkpoint` is its path below the run.
 
-    `repeats` names the candidate whose configuration this one is, trained from another seed.
+    `confirms` names the candidate whose configuration this one is, trained from another seed.
     """
 
     trial: str
     checkpoint: str
-    repeats: str | None = None
+    confirms: str | None = None
 
 
 @dataclass(frozen=True)

@@ -100,19 +100,19 @@ def status(path: RunPath, as_json: Json = False) -> None:
     from search.runs import confirmations, read_ranking, read_run
 
     settings, place, records = read_run(path)
-    rows, repeats = list(records), confirmations(place)
+    rows, confirming = list(records), confirmations(place)
     if as_json:
-        parents = [None] * len(rows) + [parent for parent, _ in repeats]
-        found = zip(parents, [*rows, *(row for _, row in repeats)], strict=True)
-        print(json.dumps([vars(row) | {"repeats": parent} for parent, row in found], indent=2))
+        parents = [None] * len(rows) + [parent for parent, _ in confirming]
+        found = zip(parents, [*rows, *(row for _, row in confirming)], strict=True)
+        print(json.dumps([vars(row) | {"confirms": parent} for parent, row in found], indent=2))
         return
     metric = deciding_metric(settings, [vars(row) for row in rows])
     epochs = settings["train"]["epochs"]
     console.print(tables.trials_table(rows, metric, epochs))
     if ended := budget.read(place).get("ended"):
         console.print(f"The search ended: {ended}.")
-    if repeats:
-        again = tables.trials_table([row for _, row in repeats], metric, epochs)
+    if confirming:
+        again = tables.trials_table([row for _, row in confirming], metric, epochs)
         console.print("\nThe best, trained again from new seeds:", again)
     if ranking := read_ranking(place):
         console.print("", tables.ranking_table(ranking))

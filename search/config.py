@@ -60,17 +60,6 @@ class BudgetConfig(Config):
     reserve: float = Field(0.15, ge=0, lt=1, description="share that is kept for the final stage")
 
 
-class ReuseConfig(Config):
-    """When two configurations are the same but for rounding, so that one training speaks for both.
-
-    All three must hold, and seed, T, batch size and model be equal. `alpha_bar: 0` trains every one.
-    """
-
-    alpha_bar: float = Field(0.01, ge=0, description="the largest difference of the two curves is below this")
-    log_learning_rate: float = Field(0.02, ge=0, description="largest difference of the natural logarithms")
-    dropout: float = Field(0.005, ge=0, description="largest difference")
-
-
 class SearchConfig(Config):
     """One search: what is trained, what is varied, what stops a trial, and how the best are ranked."""
 
@@ -82,7 +71,9 @@ class SearchConfig(Config):
     space: SpaceConfig = SpaceConfig()
     known_points: tuple[KnownPoint, ...] = KNOWN_POINTS
     searcher: SearcherConfig = SearcherConfig()
-    reuse: ReuseConfig = ReuseConfig()
+    same_alpha_bar: float = Field(
+        0.01, ge=0, description="configurations whose curves differ by less, with all else equal, are one; 0: none are"
+    )
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     final: FinalStageConfig = FinalStageConfig()
     runner: Literal["train", "reuse"] = Field(

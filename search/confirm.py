@@ -58,12 +58,12 @@ def train_again(
 
 
 def plan(config: SearchConfig, run: Storage, chosen: Sequence[Row]) -> tuple[Records, dict[str, str], SearchConfig]:
-    """The table with a row for each new training, trial → trial it repeats, and the search that trains just these."""
+    """The table with a row for each new training, trial → trial it confirms, and the search that trains just these."""
     earlier, records = confirmations(run), Records.load(run.at(CONFIRM))
     parents: dict[str, str] = {}
     wanted = config.final.confirm.seeds
     for row in chosen:
-        trained = [again for repeated, again in earlier if repeated == row.trial]
+        trained = [again for confirmed, again in earlier if confirmed == row.trial]
         own = {again.trial: again.seed for n, again in enumerate(trained) if n < wanted or _done(again)}
         number = 0
         while len(own) < wanted:
@@ -101,8 +101,8 @@ def new_seed(first: int, trial: str) -> int:
 
 def all_rows(run: Storage, records: Iterable[Row]) -> list[Row]:
     """The rows of a search and those that confirmed it, whose checkpoints' paths are made ones below the run."""
-    repeats = Records.load(run.at(CONFIRM))
+    confirming = Records.load(run.at(CONFIRM))
     return [
         *records,
-        *(dataclasses.replace(r, checkpoint=r.checkpoint and f"{CONFIRM}/{r.checkpoint}") for r in repeats),
+        *(dataclasses.replace(r, checkpoint=r.checkpoint and f"{CONFIRM}/{r.checkpoint}") for r in confirming),
     ]

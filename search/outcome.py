@@ -70,8 +70,8 @@ def export_trial(
         )
     found = checkpoint.load(run.at(row.checkpoint))
     entries = ranked["trials"] if ranked else []
-    trainings = ((entry, {seed["trial"] for seed in entry.get("by_seed") or ()}) for entry in entries)
-    entry = next((entry for entry, seeds in trainings if trial == entry["trial"] or trial in seeds), None)
+    named = ((entry, {own["trial"] for own in entry.get("trainings") or ()}) for entry in entries)
+    entry = next((entry for entry, names in named if trial == entry["trial"] or trial in names), None)
     weights = weights or (ranked or {}).get("weights", config.final.weights)
     text = card.model_card(config.name, vars(row), found, ranked, entry, weights, torch_export)
     provenance = {"run": config.name, "trial": trial, "checkpoint": row.checkpoint, "weights": weights}
@@ -123,7 +123,7 @@ def write_report(
     if ranked:
         for row in ranked["trials"]:
             if row["rank"] is not None:
-                candidate = Candidate(row.get("best_seed") or row["trial"], row.get("checkpoint") or "")
+                candidate = Candidate(row.get("best_training") or row["trial"], row.get("checkpoint") or "")
                 try:
                     samples[row["trial"]] = kept_images(run, candidate, ranked)
                 except FileNotFoundError as error:  # perhaps deleted, to save space
@@ -177,7 +177,7 @@ def versions() -> dict[str, str]:
 
 def _winner(ranked: dict[str, Any]) -> str | None:
     """The best-scored seed of the configuration that ranks first."""
-    return next((row.get("best_seed") or row["trial"] for row in ranked["trials"] if row["rank"] == 1), None)
+    return next((row.get("best_training") or row["trial"] for row in ranked["trials"] if row["rank"] == 1), None)
 
 
 def report_again(path: str, console: Console) -> None:

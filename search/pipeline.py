@@ -227,15 +227,16 @@ def evaluate(
     if best:
         placement = _with_room(config.room, connection, console).place(*config.room)
         chosen = [records[trial] for trial in best]
-        repeats, failed = confirm.train_again(config, run, records, chosen, scorer, placement, console, interrupt)
-        candidates += repeats
+        confirming, failed = confirm.train_again(config, run, records, chosen, scorer, placement, console, interrupt)
+        candidates += confirming
         notes.update(failed)
         result = ranking()
     rows = {row.trial: row for row in confirm.all_rows(run, records)}
     for entry in result["trials"]:
-        entry |= rows[entry["trial"]].params() | {"checkpoint": rows[entry["best_seed"] or entry["trial"]].checkpoint}
-        for seed in entry["by_seed"]:
-            seed["seed"] = rows[seed["trial"]].seed
+        best_training = rows[entry["best_training"] or entry["trial"]]
+        entry |= rows[entry["trial"]].params() | {"checkpoint": best_training.checkpoint}
+        for training in entry["trainings"]:
+            training["seed"] = rows[training["trial"]].seed
     run.write_json(RANKING, result)
 
 

@@ -12,6 +12,7 @@ from search.records import OPEN, Row
 from trainer import schedules
 
 SPEAKS = (*OPEN, "completed", "stopped")  # for a configuration that is nearly the same
+LOG_LEARNING_RATE, DROPOUT = 0.02, 0.005  # largest differences that are but rounding
 
 
 def reused(config: SearchConfig, row: Row, records: Iterable[Row]) -> dict[str, Any] | None:
@@ -19,17 +20,17 @@ def reused(config: SearchConfig, row: Row, records: Iterable[Row]) -> dict[str, 
 
     Families are no bar: sigmoid and cosine curves can be one. A failed trial says nothing of another training.
     """
-    limits, curve = config.reuse, _alpha_bar(config, row)
+    curve = _alpha_bar(config, row)
     near = [
         (schedules.largest_difference(curve, _alpha_bar(config, other)), other.trial)
         for other in records
-        if abs(other.dropout - row.dropout) <= limits.dropout
-        and abs(math.log(other.learning_rate / row.learning_rate)) <= limits.log_learning_rate
+        if abs(other.dropout - row.dropout) <= DROPOUT
+        and abs(math.log(other.learning_rate / row.learning_rate)) <= LOG_LEARNING_RATE
         and other.state in SPEAKS
         and (other.seed, other.settings) == (row.seed, row.settings)
     ]
     difference, trial = min(near, default=(math.inf, ""))
-    if difference >= limits.alpha_bar:
+    if difference >= config.same_alpha_bar:
         return None
     return {"same_as": trial, "reason": f"the same as {trial}: alpha_bar differs by {difference:.2g} at most"}
 

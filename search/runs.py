@@ -48,7 +48,7 @@ def read_run(path: str) -> tuple[dict[str, Any], Storage, Records]:
 
 
 def confirmations(run: Storage) -> list[tuple[str, Row]]:
-    """(the trial that it repeats, its row) of every training from a new seed, in the order of RUN/confirm's table.
+    """(the trial that it confirms, its row) of every training from a new seed, in the order of RUN/confirm's table.
 
     Raises UserError where that is damaged.
     """

@@ -87,7 +87,7 @@ def test_a_running_trial_ends_at_its_next_rung_and_one_past_the_last_is_finished
 
 
 def test_a_spent_search_begins_nothing_and_stops_what_was_left_unfinished(records):
-    config = SearchConfig.model_validate(load("digits").model_dump() | {"reuse": {"alpha_bar": 0.01}})
+    config = SearchConfig.model_validate(load("digits").model_dump() | {"same_alpha_bar": 0.01})
     first = HonestOptunaSearch(config, "frechet", records, None)
     for index in range(2):
         assert isinstance(first.suggest(f"id{index}"), dict)
@@ -112,7 +112,7 @@ def test_what_the_budget_stops_is_known_by_its_reason(records, row):
 
 
 def test_a_trial_past_its_last_rung_is_finished_by_a_resumed_search_that_has_nothing_left_to_spend(records):
-    config = SearchConfig.model_validate(load("digits").model_dump() | {"reuse": {"alpha_bar": 0}})
+    config = SearchConfig.model_validate(load("digits").model_dump() | {"same_alpha_bar": 0})
     first = HonestOptunaSearch(config, "frechet", records, None)
     past, short = (first.suggest(f"id{index}")["trial"] for index in range(2))
     for trial, epoch in ((past, 5), (past, 15), (short, 5)):
@@ -127,7 +127,7 @@ def test_a_trial_past_its_last_rung_is_finished_by_a_resumed_search_that_has_not
 
 
 def test_a_spent_search_that_tune_was_told_to_end_stops_what_it_had_begun_but_what_is_past_its_last_rung(records):
-    config = SearchConfig.model_validate(load("digits").model_dump() | {"reuse": {"alpha_bar": 0}})
+    config = SearchConfig.model_validate(load("digits").model_dump() | {"same_alpha_bar": 0})
     limited = of(records, hours=1)
     search = HonestOptunaSearch(config, "frechet", records, None, limited)
     past, short = (search.suggest(f"id{index}")["trial"] for index in range(2))

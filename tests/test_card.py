@@ -104,14 +104,14 @@ def test_scores_of_other_weights_are_not_put_on_a_card():
 
 def test_card_of_a_confirmed_configuration_names_every_seed_and_this_one():
     estimate = {"mean": 8.9, "value": 7.0, "ci": [8.5, 9.3]}
-    by_seed = [
+    trainings = [
         {"trial": "t0003-cosine", "seed": 7, "score": 9.4, "frechet": 6.0},
         {"trial": "t0003-cosine-seed8", "seed": 8, "score": 8.9, "frechet": 7.0},
         {"trial": "t0003-cosine-seed9", "seed": 9, "score": None, "frechet": None, "reason": "the loss is nan"},
     ]
     entry = {
         **{"rank": 1, "trial": "t0003-cosine", "score": estimate, "frechet": estimate, "p_best": 0.8, "tied_with": []},
-        **{"confirmed": True, "reason": None, "seeds": ["t0003-cosine-seed8"] * 3, "by_seed": by_seed},
+        **{"confirmed": True, "reason": None, "mean_of": ["t0003-cosine-seed8"] * 3, "trainings": trainings},
         "at_real_n": {"n": 360, "score": 8.8, "frechet": 8.0},
     }
     real = {"n": 360, "score": 9.7, "frechet": 1.0}
@@ -132,7 +132,7 @@ def test_card_of_a_confirmed_configuration_names_every_seed_and_this_one():
     assert "Seed 9 (t0003-cosine-seed9): no score: the loss is nan." in said
     assert "intervals, of the configuration." in said
 
-    entry = {**entry, "confirmed": False, "trial": "t0003-cosine-seed8", "seeds": ["t0003-cosine-seed8"]}
+    entry = {**entry, "confirmed": False, "trial": "t0003-cosine-seed8", "mean_of": ["t0003-cosine-seed8"]}
     said = card(ranking, entry)
     assert "| its first training, t0003-cosine-seed8, 1,000 images | 8.900 [8.500, 9.300] |" in said
     assert "Seed 7 (t0003-cosine): classifier score 9.400, Fréchet distance 6.000; **this model**." in said

@@ -221,7 +221,7 @@ def test_status_as_json_is_the_trials_table(command, run_folder):
     status, out, err = command("status", str(run_folder), "--json")
     assert (status, err) == (0, "")
     found = json.loads(out)
-    assert [entry.pop("repeats") for entry in found] == [None, None]
+    assert [entry.pop("confirms") for entry in found] == [None, None]
     assert [Row(**entry) for entry in found] == list(Records.load(Storage(run_folder)))
     assert [set(entry) for entry in found] == 2 * [{field.name for field in dataclasses.fields(Row)}]
 
@@ -239,7 +239,7 @@ def test_status_lists_the_trainings_from_new_seeds_by_themselves(command, run_fo
     for seed in (1, 2):
         again.add(row(f"t0001-cosine-seed{seed}", seed=seed, state="completed", epoch=3, worker_seconds=5.0))
     found = json.loads(command("status", str(run_folder), "--json")[1])
-    assert [entry["repeats"] for entry in found] == [None, None, "t0001-cosine", "t0001-cosine"]
+    assert [entry["confirms"] for entry in found] == [None, None, "t0001-cosine", "t0001-cosine"]
     _, out, _ = command("status", str(run_folder))
     search, confirmed = out.split("The best, trained again from new seeds:")
     assert "seed1" not in search

@@ -67,7 +67,7 @@ def test_of_a_run_that_has_repeats_only_those_that_are_missing_are_trained(recor
 
 
 def test_what_is_no_longer_asked_for_is_not_trained_and_waits_to_be_chosen_again(records, row):
-    """`evaluate` ranked by another setting, or fewer seeds are asked for, while earlier repeats were not done."""
+    """`evaluate` ranked by another setting, or fewer seeds are asked for, while earlier new trainings were not done."""
     first, second = row("t0001-cosine"), row("t0002-cosine")
     more = ConfirmConfig(top=1, seeds=4)
     more = CONFIG.model_copy(update={"final": CONFIG.final.model_copy(update={"confirm": more})})
@@ -105,7 +105,7 @@ def test_what_is_trained_already_is_not_trained_again_and_a_failure_is_told(reco
     candidates, failed = confirm.train_again(
         CONFIG, records.run, records, chosen, scorer, Placement(1, {"CPU": 1}), Console(), Interrupt()
     )
-    assert [(c.trial, c.repeats) for c in candidates] == [(name, "a") for name in parents]
+    assert [(c.trial, c.confirms) for c in candidates] == [(name, "a") for name in parents]
     assert candidates[0].checkpoint == "confirm/train/a-seed1/checkpoint_000000001"
     assert failed == {"a-seed3": "the loss is nan at step 3"}
     rows = {r.trial: r for r in confirm.all_rows(records.run, records)}

@@ -204,10 +204,10 @@ def test_the_best_are_confirmed_from_new_seeds_and_a_cut_confirmation_goes_on(en
     ranking = place.read_json("ranking.json")
     winner, other = ranking["trials"]
     assert (winner["confirmed"], other["confirmed"]) == (True, False)
-    assert winner["seeds"] == list(repeats)
-    assert [seed["seed"] for seed in winner["by_seed"]] == [0, *(row.seed for row in repeats.values())]
-    best = max(winner["by_seed"], key=lambda seed: seed["score"])
-    assert winner["best_seed"] == best["trial"]
+    assert winner["mean_of"] == list(repeats)
+    assert [seed["seed"] for seed in winner["trainings"]] == [0, *(row.seed for row in repeats.values())]
+    best = max(winner["trainings"], key=lambda seed: seed["score"])
+    assert winner["best_training"] == best["trial"]
     card = place.read("export/README.md").decode()
     assert "of the configuration" in card
     assert f"Seed {best['seed']} ({best['trial']})" in card

@@ -206,8 +206,8 @@ def test_the_lead_over_the_next_row_is_the_paired_difference_that_decides_ties()
 
 def test_a_confirmed_row_may_be_behind_the_next_which_is_not():
     """It is ranked before it all the same, and the difference speaks of the two configurations, as ties do."""
-    repeats = [repeat("a", sharpness, i) for i, sharpness in enumerate((3.8, 4.0, 4.2))]
-    first, second = rank([trial("a", 5), trial("b", 5), *repeats], REFERENCE, 300)
+    confirming = [repeat("a", sharpness, i) for i, sharpness in enumerate((3.8, 4.0, 4.2))]
+    first, second = rank([trial("a", 5), trial("b", 5), *confirming], REFERENCE, 300)
     assert (first.trial, first.confirmed, second.trial, second.confirmed) == ("a", True, "b", False)
     assert first.to_next.value == pytest.approx(first.score.mean - second.score.mean)
     assert first.to_next.value < 0
@@ -221,7 +221,7 @@ def test_a_confirmed_row_may_be_behind_the_next_which_is_not():
 
 def repeat(row: str, sharpness: float, seed: int) -> TrialSamples:
     """Another seed of `row`, whose checkpoint has this sharpness; its images see the noise of all trials."""
-    return replace(trial(f"{row}-seed{seed}", sharpness, own=0.5), repeats=row)
+    return replace(trial(f"{row}-seed{seed}", sharpness, own=0.5), confirms=row)
 
 
 def simulate_seeds(
@@ -334,13 +334,13 @@ def test_a_winner_by_luck_is_found_out_and_its_best_seed_is_named():
     first, second, third = rank([*trials, *seeds], REFERENCE, 300)
     assert (first.trial, second.trial, third.trial) == ("steady", "lucky", "weak")
     assert (first.confirmed, second.confirmed, third.confirmed) == (True, True, False)
-    assert first.seeds == ("steady-seed0", "steady-seed1", "steady-seed2")
-    assert (first.best_seed, second.best_seed, third.best_seed) == ("steady-seed2", "lucky", "weak")
-    alone = {row.trial: row for row in rank([replace(t, repeats=None) for t in seeds], REFERENCE, 300)}
-    scores = [alone[name].score.mean for name in first.seeds]
+    assert first.mean_of == ("steady-seed0", "steady-seed1", "steady-seed2")
+    assert (first.best_training, second.best_training, third.best_training) == ("steady-seed2", "lucky", "weak")
+    alone = {row.trial: row for row in rank([replace(t, confirms=None) for t in seeds], REFERENCE, 300)}
+    scores = [alone[name].score.mean for name in first.mean_of]
     assert first.score.mean == pytest.approx(np.mean(scores))
     assert first.distances["frechet"].value == pytest.approx(
-        np.mean([alone[name].distances["frechet"].value for name in first.seeds])
+        np.mean([alone[name].distances["frechet"].value for name in first.mean_of])
     )
     assert np.ptp(first.score.ci) > max(np.ptp(row.score.ci) for row in alone.values())
     unconfirmed = rank([trial("weak", 2)], REFERENCE, 300)[0].score  # of the checkpoint, as before
@@ -348,13 +348,13 @@ def test_a_winner_by_luck_is_found_out_and_its_best_seed_is_named():
 
 
 def test_a_seed_that_failed_is_left_out_and_one_is_not_enough():
-    lost = TrialSamples("a-seed2", reason="the loss was not finite", repeats="a")
+    lost = TrialSamples("a-seed2", reason="the loss was not finite", confirms="a")
     (row,) = rank([trial("a", 4), repeat("a", 4, 0), repeat("a", 4.2, 1), lost], REFERENCE, 300)
     assert row.confirmed
-    assert row.seeds == ("a-seed0", "a-seed1")
+    assert row.mean_of == ("a-seed0", "a-seed1")
     (row,) = rank([trial("a", 4), repeat("a", 4, 0), lost], REFERENCE, 300)
     assert not row.confirmed
-    assert row.seeds == ("a",)
+    assert row.mean_of == ("a",)
 
 
 def test_p_best_of_configurations_counts_the_spread_between_seeds():
@@ -410,7 +410,7 @@ def test_trials_without_a_score_come_last_with_their_reason():
     assert "features must be finite" in str(rows[2].reason)
     assert "are these logits?" in str(rows[3].reason)
     assert rows[0].p_best == 1
-    assert rows[1].score is rows[1].p_best is rows[1].best_seed is None
+    assert rows[1].score is rows[1].p_best is rows[1].best_training is None
     assert rows[1].distances == {}
 
 
@@ -435,14 +435,14 @@ def test_rows_are_what_ranking_json_holds():
             "to_next",
             "confirmed",
             "reason",
-            "seeds",
-            "best_seed",
+            "mean_of",
+            "best_training",
         )
     }
     assert list(row["score"]) == ["mean", "std", "ci"]
     assert list(row["frechet"]) == list(row["kid"]) == ["value", "ci"]
     assert row["confirmed"] is False
-    assert row["seeds"] == ["a"]
+    assert row["mean_of"] == ["a"]
     lost = rank([TrialSamples("a", reason="x")], REFERENCE, 300)[0].to_dict()
     assert lost["score"] is lost["frechet"] is None
 

@@ -283,11 +283,11 @@ def test_settings_beyond_the_schedule_are_shown():
 
 
 def test_a_confirmed_row_says_of_how_many_trainings():
-    first = entry(1, "t1", confirmed=True, seeds=["a", "b", "c"], best_seed="b")
+    first = entry(1, "t1", confirmed=True, mean_of=["a", "b", "c"], best_training="b")
     assert "confirmed: the mean of 3 new trainings" in Page(render([], ranking(first, entry(2, "t0")))).text
 
 
-def by_seed(trial: str, *scores: float | None) -> list[dict[str, Any]]:
+def trainings(trial: str, *scores: float | None) -> list[dict[str, Any]]:
     names = [trial, *(f"{trial}-seed{i}" for i in range(1, len(scores)))]
     return [
         {"trial": name, "score": score, "reason": None if score else "the <loss> is nan"}
@@ -297,13 +297,17 @@ def by_seed(trial: str, *scores: float | None) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_images_of_a_confirmed_row_are_said_to_be_its_best_training_s_and_a_failed_one_is_named():
-    own = {"seeds": ["t1-seed1", "t1-seed2"], "best_seed": "t1-seed2", "by_seed": by_seed("t1", 9.4, 9.5, 9.6, None)}
+    own = {
+        "mean_of": ["t1-seed1", "t1-seed2"],
+        "best_training": "t1-seed2",
+        "trainings": trainings("t1", 9.4, 9.5, 9.6, None),
+    }
     ranked = ranking(entry(1, "t1", confirmed=True, **own), entry(2, "t0"))
     text = Page(render(ROWS, ranked, samples={"t1": IMAGES, "t0": IMAGES})).text
     assert "score 9.50 images of t1-seed2, its best of 3" in text
     assert text.count("its best of") == 1
     assert "confirmed: the mean of 2 new trainings (1 of 3 failed: the <loss> is nan)" in text
-    lost = entry(1, "t1", by_seed=by_seed("t1", 9.4, None, 9.5, None))
+    lost = entry(1, "t1", trainings=trainings("t1", 9.4, None, 9.5, None))
     assert "not confirmed: 2 of 3 new trainings failed: the <loss> is nan" in Page(render([], ranking(lost))).text
 
 

@@ -136,7 +136,7 @@ def test_one_family_is_drawn_to_the_value_as_optuna_s_own_tpe_draws_it():
 
 def test_a_family_of_which_nothing_passes_the_screen_does_not_end_the_search_of_the_others(tmp_path):
     families = "space.families={linear: {end: {low: 0.002, high: 0.006}}, cosine: {}}"
-    config = load("digits", ["known_points=[]", families, "reuse={alpha_bar: 0}"])
+    config = load("digits", ["known_points=[]", families, "same_alpha_bar=0"])
     records = Records(Storage(tmp_path))
     search = HonestOptunaSearch(config, "frechet", records, None)
     for index in range(40):
@@ -195,7 +195,7 @@ def test_a_brute_force_search_tries_every_point_of_a_large_grid_once(tmp_path):
 )  # fmt: skip
 def test_a_resumed_search_suggests_nothing_again(tmp_path, searcher):
     one = "space={families: {cosine: {}}}"
-    config = load("digits", [f"searcher={searcher}", one, "known_points=[]", "reuse={alpha_bar: 0}"])
+    config = load("digits", [f"searcher={searcher}", one, "known_points=[]", "same_alpha_bar=0"])
     for life in range(2):
         records = Records.load(Storage(tmp_path))
         search = HonestOptunaSearch(config, "frechet", records, None)

@@ -196,7 +196,7 @@ def test_tpe_looks_where_trials_ended_well_and_not_where_they_began_well(records
     known = [near(dropout=index / 400 if index % 2 else 0.3 - index / 400) for index in range(20)]
     fixed = {"families": {"cosine": {"start": 0.2, "end": 1, "tau": 1}}, "learning_rate": CONFIG.train.learning_rate,
              "dropout": {"low": 0.0, "high": 0.3}}  # fmt: skip
-    ours = make(records, known, space=fixed, reuse={"alpha_bar": 0})
+    ours = make(records, known, space=fixed, same_alpha_bar=0)
     rays = OptunaSearch(
         space.define_by_run(ours.config), metric="frechet", mode="min", sampler=samplers.make(ours.config, 0),
         points_to_evaluate=[{"family": "cosine", "dropout": point.dropout} for point in known],
@@ -224,7 +224,7 @@ def test_a_search_by_brute_force_ends_when_all_is_tried(records):
     assert search.suggest("id2") == search.FINISHED
     assert sorted(row.settings["batch_size"] for row in records) == [32, 64]
     assert [one.state for one in told(search)] == 2 * [TrialState.COMPLETE]
-    again = make(Records.load(records.run), space=fixed, searcher="BruteForceSampler", reuse={"alpha_bar": 0})
+    again = make(Records.load(records.run), space=fixed, searcher="BruteForceSampler", same_alpha_bar=0)
     assert again.suggest("new0") == again.FINISHED
     assert len(again.records) == 2
 
@@ -391,13 +391,13 @@ def test_one_curve_under_two_names_is_one_trial(records, limit, states):
     """sigmoid is a function of start / tau and end / tau; cosine(0, 1) lies 0.0132 beside sigmoid(-3, 3, 0.95)."""
     sigmoid = KnownPoint(family="sigmoid", start=-3, end=3, tau=0.95)
     scaled = KnownPoint(family="sigmoid", start=-6, end=6, tau=1.9)
-    search = make(records, [KnownPoint(family="cosine", start=0, end=1), sigmoid, scaled], reuse={"alpha_bar": limit})
+    search = make(records, [KnownPoint(family="cosine", start=0, end=1), sigmoid, scaled], same_alpha_bar=limit)
     for index in range(3):
         suggest(search, f"id{index}")
     assert [row.state for row in records][:3] == states
 
 
-@pytest.mark.parametrize("changes", [{"reuse": {"alpha_bar": 0}}, {"seed": 7}])
+@pytest.mark.parametrize("changes", [{"same_alpha_bar": 0}, {"seed": 7}])
 def test_another_seed_or_a_limit_of_zero_trains_it_again(records, changes):
     known = [INSIDE, INSIDE]
     suggest(make(records, known), "id0")

@@ -69,7 +69,7 @@ def run(tmp_path: Path) -> Storage:
     return Storage(tmp_path / "run")
 
 
-def train(run: Storage, trial: str, seed: int, repeats: str | None = None, broken: bool = False) -> Candidate:
+def train(run: Storage, trial: str, seed: int, confirms: str | None = None, broken: bool = False) -> Candidate:
     """A checkpoint of an untrained model, whose EMA weights are other than its raw ones."""
     config = TrainConfig(
         schedule=ScheduleConfig(family="cosine", start=0, end=1, steps=20),
@@ -83,7 +83,7 @@ def train(run: Storage, trial: str, seed: int, repeats: str | None = None, broke
     meta = {"config": config.model_dump(mode="json"), "image_shape": SHAPE, "step": 1, "epoch": 1, "ema_decay": 0.9}
     path = f"train/{trial}/checkpoint_000000001"
     checkpoint.save(run.at(path), {"model": raw, "ema": {"0.9": ema}}, meta)
-    return Candidate(trial, path, repeats)
+    return Candidate(trial, path, confirms)
 
 
 def draw_here(
@@ -322,20 +322,20 @@ def test_fewer_images_than_a_split_are_one_split_that_says_its_size(run, referen
 @pytest.mark.slow
 def test_a_confirmed_row_is_the_mean_of_its_new_seeds_and_lists_every_seed(run, reference):
     candidates = [train(run, "a", 0), train(run, "b", 50)]
-    candidates += [train(run, f"b-seed{i}", 50 + i, repeats="b") for i in (1, 2, 3)]
+    candidates += [train(run, f"b-seed{i}", 50 + i, confirms="b") for i in (1, 2, 3)]
     draw_here(run, candidates, CONFIG, reference)
     notes = {"b-seed3": "failed"}
     ranked = ranking_file.ranking(run, candidates, CONFIG, reference, notes)
     first, second = ranked["trials"]
-    assert (first["trial"], first["confirmed"], first["seeds"]) == ("b", True, ["b-seed1", "b-seed2"])
-    assert [seed["trial"] for seed in first["by_seed"]] == ["b", "b-seed1", "b-seed2", "b-seed3"]
-    assert first["by_seed"].pop() == {"n": 0, "score": None, "frechet": None, "trial": "b-seed3", "reason": "failed"}
+    assert (first["trial"], first["confirmed"], first["mean_of"]) == ("b", True, ["b-seed1", "b-seed2"])
+    assert [seed["trial"] for seed in first["trainings"]] == ["b", "b-seed1", "b-seed2", "b-seed3"]
+    assert first["trainings"].pop() == {"n": 0, "score": None, "frechet": None, "trial": "b-seed3", "reason": "failed"}
     drawn = [extraction_of(run, candidate, CONFIG, reference).features for candidate in candidates[2:4]]
     shares = np.mean([scores.precision_recall(features, reference.train_features) for features in drawn], axis=0)
     assert (first["precision"], first["recall"]) == pytest.approx(tuple(shares))
-    assert first["score"]["mean"] == pytest.approx(np.mean([seed["score"] for seed in first["by_seed"][1:]]))
-    assert first["best_seed"] == max(first["by_seed"], key=lambda seed: seed["score"])["trial"]
-    assert (second["trial"], second["confirmed"], second["seeds"]) == ("a", False, ["a"])
+    assert first["score"]["mean"] == pytest.approx(np.mean([seed["score"] for seed in first["trainings"][1:]]))
+    assert first["best_training"] == max(first["trainings"], key=lambda seed: seed["score"])["trial"]
+    assert (second["trial"], second["confirmed"], second["mean_of"]) == ("a", False, ["a"])
 
 
 def test_a_model_whose_images_are_not_finite_is_listed_last_with_its_reason(run, reference):
