@@ -1,4 +1,6 @@
-"""docs/benchmarks.md, and the table in docs/training.md, from docs/results/*.json: no figure in them is typed by hand.
+"""docs/benchmarks.md, and the tables in docs/training.md and docs/measure.md, from docs/results/*.json.
+
+No figure in them is typed by hand.
 
 python -m benchmarks.tables
 """
@@ -12,7 +14,7 @@ from benchmarks.common import RESULTS, filled
 
 ARGUMENTS = {"search_efficiency": " compare", "rank_agreement": " RUN"}
 MEMORY = ("driver_memory_mib", "memory_of_all_processes_mib")
-PAGE, TRAINING = RESULTS.parent / "benchmarks.md", RESULTS.parent / "training.md"
+PAGE, TRAINING, MEASURE = (RESULTS.parent / name for name in ("benchmarks.md", "training.md", "measure.md"))
 
 
 def page() -> str:
@@ -39,6 +41,14 @@ def training(document: str) -> str:
     """docs/training.md with the figures of train_throughput, of each device there are some of."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("train_throughput_*.json"))]
     return filled(document, "train_throughput", "\n\n".join(train_throughput(result) for result in results))
+
+
+def measure(document: str) -> str:
+    """docs/measure.md with the coverage that calibration found, in per cent of the simulated intervals."""
+    regimes = json.loads((RESULTS / "calibration.json").read_text())["regimes"]
+    rows = [[name, *(f"{share:.1%}" for share in found["coverage"].values())] for name, found in regimes.items()]
+    of = ("checkpoints", "configurations", "configurations whose seeds spread unlike")
+    return filled(document, "calibration", _table(["", *(f"held, {what}" for what in of)], rows))
 
 
 def train_throughput(result: dict[str, Any]) -> str:
@@ -276,7 +286,8 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PAGE.write_text(page())
     TRAINING.write_text(training(TRAINING.read_text()))
-    print(f"written: {PAGE}, {TRAINING}")
+    MEASURE.write_text(measure(MEASURE.read_text()))
+    print(f"written: {PAGE}, {TRAINING}, {MEASURE}")
 
 
 if __name__ == "__main__":

@@ -138,9 +138,9 @@ def test_what_a_gpu_alone_is_measured_by_needs_no_ray(name):
     subprocess.run((sys.executable, "-c", script), cwd=tables.RESULTS.parents[1], check=True)
 
 
-def test_every_throughput_that_a_document_shows_is_of_its_results():
-    document = tables.TRAINING.read_text()
-    assert tables.training(document) == document, "python -m benchmarks.tables"
+@pytest.mark.parametrize(("page", "made"), [(tables.TRAINING, tables.training), (tables.MEASURE, tables.measure)])
+def test_every_throughput_and_every_coverage_that_a_document_shows_is_of_its_results(page, made):
+    assert made(page.read_text()) == page.read_text(), "python -m benchmarks.tables"
 
 
 def test_the_study_s_table_is_made_of_its_results():
