@@ -131,9 +131,14 @@ class SearchConfig(Config):
     def training(self, settings: Mapping[str, Any]) -> TrainConfig:
         """The base training with settings such as {batch_size: 32, model.channels: […]}; a group is laid over its own.
 
+        A line cannot be read as beta: that reading, without a schedule of its own, is then a cosine's.
+
         Raises pydantic.ValidationError.
         """
         tree = self.train.model_dump()
+        as_beta = settings.get("schedule.space") == "beta" and "schedule" not in settings
+        if as_beta and self.train.schedule.family == "linear":
+            tree["schedule"] |= {"family": "cosine", "start": 0.0, "end": 1.0}
         for name, value in settings.items():
             *parents, last = name.split(".")
             node = tree

@@ -170,6 +170,21 @@ def test_where_the_base_training_reads_schedules_as_beta_every_row_says_so():
     assert all("schedule.space" not in space.flat(asked(0, load("digits"))[1])["settings"] for _ in range(3))
 
 
+def test_both_readings_are_searched_also_where_the_base_training_s_schedule_is_a_line():
+    config = load("digits", ["space.train.schedule.space=[alpha_bar, beta]"])
+    assert config.train.schedule.family == "linear"
+    known = [space.known_params(config, point) for point in config.known_points]
+    assert all(space.flat(params)["settings"] == {"schedule.space": "alpha_bar"} for params in known)
+    drawn = [asked(seed, config)[1] for seed in range(40)]
+    assert {(params["family"], space.flat(params)["settings"]["schedule.space"]) for params in drawn} == {
+        (family, reading) for family in config.space.families for reading in ("alpha_bar", "beta")
+    }
+    for params in drawn:
+        beta_line = params["family"] == "linear" and space.flat(params)["settings"]["schedule.space"] == "beta"
+        assert ("linear is stated in beta already" in str(space.screen(config, params))) is beta_line
+        assert space.contains(config, params)
+
+
 def test_a_known_point_s_settings_are_laid_over_its_own_schedule():
     """cosine read as beta, though the base training's linear schedule cannot be."""
     config = load("study-digits")
