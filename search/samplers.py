@@ -20,7 +20,7 @@ from trainer.config import SEEDS
 # Multivariate: parameters together. Group: a family's own apart from the others'. Constant liar: a running trial counts
 # as a bad one, so that many at once do not try one place.
 DEFAULTS: dict[str, dict[str, Any]] = {"TPESampler": {"multivariate": True, "group": True, "constant_liar": True}}
-STARTUP = 10  # Optuna's samplers' first trials, which are random, where searcher.options say nothing else
+STARTUP = 10  # TPE's and GP's first trials, which are random, where searcher.options say nothing else
 HOPELESS = 10  # suggestions of one family in a row that fail the screen
 SHORT = {"tpe": "TPESampler", "random": "RandomSampler"}
 
@@ -127,8 +127,10 @@ def take_up(study: optuna.Study) -> None:
 
 
 def check(config: SearchConfig) -> None:
-    """Raises UserError where the searcher cannot search this space, by suggestions in a study of its own: two at the
-    start, and two when its random ones are over.
+    """Raises UserError where the searcher cannot search this space, by suggestions in a study of its own.
+
+    Two at the start, and two after as many random ones as it begins with, a hundred at most. A genetic sampler counts
+    none but its own: its second generation is not tried.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
@@ -137,7 +139,8 @@ def check(config: SearchConfig) -> None:
         study.stop = lambda: None  # type: ignore[method-assign]  # it has tried everything, see HonestOptunaSearch
         suggest = space.define_by_run(config)
         try:
-            own, startup = study.sampler, min(config.searcher.options.get("n_startup_trials", STARTUP), 10 * STARTUP)
+            own = study.sampler
+            startup = int(min(config.searcher.options.get("n_startup_trials", STARTUP), 10 * STARTUP))
             for sampler in (*2 * [own], *startup * [optuna.samplers.RandomSampler(seed=0)], *2 * [own]):
                 study.sampler = sampler
                 trial = study.ask()

@@ -217,7 +217,7 @@ def test_a_resumed_search_suggests_nothing_again(tmp_path, searcher):
         (["searcher={name: NSGAIISampler, options: {population_size: 1}}"], ["NSGAIISampler", "population_size"]),
         (["searcher=PartialFixedSampler"], ["PartialFixedSampler", "fixed_params"]),
         (["searcher.options.n_ei_candidates=0"], ["cannot search this space"]),  # met by the first that is not random
-        (["searcher.options={n_startup_trials: 30, n_ei_candidates: 0}"], ["cannot search this space"]),
+        (["searcher.options={n_startup_trials: 60.0, n_ei_candidates: 0}"], ["cannot search this space"]),
         (["searcher=BruteForceSampler"], ["cannot search this space", "step"]),
         (["searcher={name: GridSampler, options: {search_space: {dropout: [0.1]}}}"], ["BruteForceSampler"]),
     ],
