@@ -32,8 +32,8 @@ test-faults: .venv/installed
 	$(BIN)/python -m pytest -m faults
 
 # The figures of docs/results measured anew: hours on two cores, with nothing else at work. Where a bar is missed
-# the script says so, and the rest goes on. CIFAR10 is parquet:PATH of its files; recorded curves are not made again.
-CIFAR10 ?= parquet:/data/cifar10
+# the script says so, and the rest goes on. CIFAR10 is parquet:PATH of its training files; recorded curves are not made again.
+CIFAR10 ?= parquet:/data/cifar10/train-*.parquet
 MEASURE := $(BIN)/python -m benchmarks.
 RUN := $(BIN)/ddpm-search run
 RUNS := runs/benchmarks-$(shell git rev-parse --short HEAD)
