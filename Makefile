@@ -27,12 +27,13 @@ test: lint
 test-fast: .venv/installed
 	$(PYTEST) $(BY_TWO) -m "not slow"
 
-# Kills workers, nodes, drivers and heads of clusters of several nodes on this machine; half an hour and more.
+# Kills workers, nodes, drivers and heads of clusters of several nodes on this machine; 40 minutes.
 test-faults: .venv/installed
 	$(BIN)/python -m pytest -m faults
 
 # The figures of docs/results measured anew: hours on two cores, with nothing else at work. Where a bar is missed
-# the script says so, and the rest goes on. CIFAR10 is parquet:PATH of its training files; recorded curves are not made again.
+# the script says so, and the rest goes on. CIFAR10 is parquet:PATH of its training files; recorded curves are not made
+# again.
 CIFAR10 ?= parquet:/data/cifar10/train-*.parquet
 MEASURE := $(BIN)/python -m benchmarks.
 RUN := $(BIN)/ddpm-search run
