@@ -94,9 +94,10 @@ class SearchConfig(Config):
 
     @model_validator(mode="after")
     def _settings_are_a_training_s(self) -> "SearchConfig":
-        if "beta" in self.space.train.get("schedule.space", ()) and "linear" in self.space.families:
+        if "beta" in self.choices.get("schedule.space", ()) and "linear" in self.space.families:
+            where = "space.train" if "schedule.space" in self.space.train else "train"
             raise ValueError(
-                "space.train.schedule.space: linear is stated in beta already, and its trials would have no other "
+                f"{where}.schedule.space: linear is stated in beta already, and its trials would have no other "
                 "reading; leave it out of the search (space.families.linear: null) or this setting"
             )
         asked: list[tuple[str, str, Any, dict[str, Any]]] = [

@@ -162,7 +162,10 @@ def test_a_dropped_rate_is_the_base_training_s():
 
 
 def test_where_the_base_training_reads_schedules_as_beta_every_row_says_so():
-    config = load("digits", ["train.schedule={family: cosine, start: 0, end: 1, space: beta}"])
+    as_beta = "train.schedule={family: cosine, start: 0, end: 1, space: beta}"
+    with pytest.raises(UserError, match=r"(?<!space\.)train\.schedule\.space: linear .*space\.families\.linear: null"):
+        load("digits", [as_beta])
+    config = load("digits", [as_beta, "space.families.linear=null"])
     known = [space.known_params(config, point) for point in config.known_points if point.family != "linear"]
     for params in (asked(0, config)[1], *known):
         assert space.flat(params)["settings"] == {"schedule.space": "beta"}
