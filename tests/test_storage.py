@@ -61,7 +61,7 @@ def test_a_content_that_is_compressed_by_name_stays_as_it_is(storage):
     assert storage.read("x.json.gz") == b"not gzip"
 
 
-@pytest.mark.parametrize("name", ["plain", "with space", "ünï-漢"])
+@pytest.mark.parametrize("name", ["plain", "with space", "ünï-漢", "lr?1"])
 def test_a_folder_inside_is_the_same_place_by_every_way(tmp_path, name):
     inner = Storage(tmp_path).at(name, "train")
     assert inner.root == f"{tmp_path}/{name}/train"
@@ -69,6 +69,7 @@ def test_a_folder_inside_is_the_same_place_by_every_way(tmp_path, name):
     assert (tmp_path / name / "train" / "x").read_bytes() == b"1"
     assert Storage(tmp_path).read(f"{name}/train/x") == b"1"
     assert pickle.loads(pickle.dumps(inner)).read("x") == b"1"
+    assert inner.at("a").root == f"{tmp_path}/{name}/train/a"
 
 
 def test_an_address_keeps_its_form_in_folders_and_pickles(tmp_path):

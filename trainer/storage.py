@@ -73,7 +73,9 @@ class Storage:
 
     def at(self, *parts: str) -> "Storage":
         """A folder inside this one."""
-        address, question, options = self.uri.partition("?")  # s3://bucket/folder?endpoint_override=…
+        address, question, options = self.uri, "", ""
+        if "://" in self.uri:  # s3://bucket/folder?endpoint_override=…; a folder's name may hold a question mark
+            address, question, options = self.uri.partition("?")
         return Storage("/".join((address.rstrip("/"), *parts)) + question + options)
 
     def _full(self, path: str) -> str:
