@@ -37,12 +37,13 @@ def _report_rungs(checkpoints: Storage, training: TrainConfig) -> None:
             tune.report({**metrics, "checkpoint_path": found[0].root})
 
 
-def in_ray_train(
-    run: Storage, scorer: RungScorer, rungs: list[int], worker: dict[str, float]
-) -> Callable[[dict[str, Any]], None]:
-    """The function that Tune runs for each trial, whose config is {trial, train}: Ray Train with its worker group."""
+def in_ray_train(run: Storage, rungs: list[int], worker: dict[str, float]) -> Callable[..., None]:
+    """The function that Tune runs for each trial, whose config is {trial, train}: Ray Train with its worker group.
 
-    def trial(config: dict[str, Any]) -> None:
+    Its scorer is handed in by tune.with_parameters: Ray refuses functions above 95 MiB, and Inception has 123.
+    """
+
+    def trial(config: dict[str, Any], scorer: RungScorer) -> None:
         from trainer import ray_worker
 
         training = TrainConfig.model_validate(config["train"])
@@ -61,13 +62,13 @@ def in_ray_train(
     return trial
 
 
-def in_reused_process(run: Storage, scorer: RungScorer, rungs: list[int]) -> Callable[[dict[str, Any]], None]:
+def in_reused_process(run: Storage, rungs: list[int]) -> Callable[..., None]:
     """As `in_ray_train`, for one worker, in the trial's own process, which Tune hands from trial to trial.
 
     Starting a worker group costs 8 to 17 s on 2 cores, the next trial in a process that is warm none of that.
     """
 
-    def trial(config: dict[str, Any]) -> None:
+    def trial(config: dict[str, Any], scorer: RungScorer) -> None:
         import torch
 
         from trainer import data, failures, local, loop

@@ -122,15 +122,15 @@ def _tune(
     watcher = _Watcher(run, records, journal, view.changed, budget, room, leftovers, Gauges(config.name, records))
     rungs = config.rung_epochs()
     if config.runner == "reuse":
-        run_trial = trial.in_reused_process(run, scorer, rungs)
+        run_trial = trial.in_reused_process(run, rungs)
         resources = placement.worker
     else:
-        run_trial = trial.in_ray_train(run, scorer, rungs, placement.worker)
+        run_trial = trial.in_ray_train(run, rungs, placement.worker)
         # Ray Train reserves the workers; the trial's own process waits, and must fit beside them on any node.
         resources = {"memory": 1}
     run_trial.__name__ = f"{config.name} trial"  # by which the Ray dashboard lists its processes
     tuner = tune.Tuner(
-        tune.with_resources(run_trial, resources),
+        tune.with_resources(tune.with_parameters(run_trial, scorer=scorer), resources),
         tune_config=tune.TuneConfig(
             search_alg=limiter,
             scheduler=RungScheduler(config.early_stopping, metric, rungs, config.train.epochs, records, budget),

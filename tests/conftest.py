@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from torch import nn
 
 from search.records import Records, Row
 from trainer.storage import Storage
@@ -75,3 +77,22 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def random_inception(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Weights of the real architecture, drawn so that images differ in features and logits; their file and SHA-256."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        torch.manual_seed(0)
+        net = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(path))
+        for module in net.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+        nn.init.normal_(net.fc.weight, std=3.0)
+    torch.save(net.state_dict(), path)
+    return path, hashlib.sha256(path.read_bytes()).hexdigest()

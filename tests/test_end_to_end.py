@@ -243,6 +243,34 @@ def test_interrupting_keeps_what_is_done_and_says_how_to_go_on(environment, tmp_
     assert not place.exists("lease.json")
 
 
+OTHER_INCEPTION = """
+import functools, sys
+from evaluation import inception, reference
+reference.Inception = functools.partial(inception.Inception, sha256=sys.argv.pop(1))
+from search.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("runner", ["train", "reuse"])
+def test_a_search_that_inception_judges_comes_to_its_end(environment, tmp_path, random_inception, runner):
+    """Ray refuses functions above 95 MiB, which Inception with its statistics is."""
+    weights, digest = random_inception
+    sampler = "sampler={steps: 2, block_size: 8}"
+    small = [value for value in SMALL if value.startswith("train.model")]
+    small += [f"runner={runner}", "trials=1", "train.data.subset=60", "train.batch_size=12", "train.epochs=1"]
+    small += ["early_stopping.images=8", f"early_stopping.{sampler}", f"final.inception_weights={weights}"]
+    small += ["final.top=1", "final.images=24", "final.split_size=8", f"final.{sampler}"]
+    command = (sys.executable, "-c", OTHER_INCEPTION, digest, "run", "digits", "--name", "judged")
+    arguments = ("--storage", str(tmp_path), *settings(*small))
+    done = subprocess.run((*command, *arguments), env=environment, capture_output=True, text=True, timeout=380)
+    assert done.returncode == 0, done.stderr
+    assert "Inception Score of 24 images in splits of 8; extractor inception" in done.stdout
+    (row,) = Records.load(Storage(tmp_path / "judged"))
+    assert (row.state, row.epoch) == ("completed", 1)
+    assert all(rung["frechet"] > 0 and rung["score"] >= 1 for rung in row.rungs)
+
+
 def test_a_command_that_is_refused_late_leaves_its_name_free(environment, tmp_path):
     weights = ("--set", "final.extractor=inception", "--set", f"final.inception_weights={tmp_path}/none.pth")
     for wrong in (weights, ("--address", "127.0.0.1:1")):

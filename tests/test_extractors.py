@@ -13,10 +13,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch_fidelity import calculate_metrics
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from evaluation import inception as inception_v3
 from evaluation.classifier import Classifier, cached_classifier
@@ -323,23 +321,6 @@ def test_a_download_that_breaks_off_or_brings_something_else_is_not_kept_and_the
     assert path.read_bytes() == weights
     assert [file.name for file in path.parent.iterdir()] == ["weights.pth"]
     assert path.stat().st_mode & 0o777 == 0o644
-
-
-@pytest.fixture(scope="module")
-def random_inception(tmp_path_factory) -> tuple[Path, str]:
-    """Weights of the real architecture, drawn so that images differ in features and logits; their file and SHA-256."""
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save({}, path)
-    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        torch.manual_seed(0)
-        net = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(path))
-        for module in net.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)
-        nn.init.normal_(net.fc.weight, std=3.0)
-    torch.save(net.state_dict(), path)
-    return path, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.mark.slow
