@@ -37,18 +37,22 @@ def measured(rows: Sequence[Row]) -> list[str]:
     return [name for name in get_args(Metric) if any(rung[name] is not None for rung in rungs)]
 
 
+def stopped_early(rows: Iterable[Row]) -> list[Row]:
+    """Those that were stopped for being weak, and not by the budget or since they were not resumed."""
+    return [r for r in rows if r["state"] == "stopped" and not (r.get("reason") or "").startswith(CUT_SHORT)]
+
+
 def savings(rows: Iterable[Row], epochs: int) -> tuple[float, float]:
     """Worker-seconds spent, and those that stopping early saved: epochs left times the mean cost of an epoch.
 
-    Nothing is saved on those that the budget stopped, and a failed one, whose last epochs were not reported, is spent
-    but no measure of an epoch.
+    Nothing is saved on those that were cut for another reason, and a failed one, whose last epochs were not reported,
+    is spent but no measure of an epoch.
     """
     rows = list(rows)
     spent = sum(row["worker_seconds"] for row in rows)
     measured = [row for row in rows if row["worker_seconds"] and row["state"] != "failed"]
     done = sum(row["epoch"] for row in measured)
-    weak = [r for r in rows if r["state"] == "stopped" and not (r.get("reason") or "").startswith(CUT_SHORT)]
-    left = sum(max(0, epochs - row["epoch"]) for row in weak)
+    left = sum(max(0, epochs - row["epoch"]) for row in stopped_early(rows))
     return spent, left * sum(row["worker_seconds"] for row in measured) / done if done else 0.0
 
 
@@ -143,6 +147,8 @@ def importances(
         own = family is None or row["family"] == family
         if own and row["trial"] in values and row["state"] != "reused" and _inside(params, parameters):
             chosen.append((params, values[row["trial"]]))
+    # A forest over what never varied has no variance to share, which Optuna takes for an error.
+    parameters = {n: own for n, own in parameters.items() if len({params[n] for params, _ in chosen}) > 1}
     if len(chosen) < MIN_TRIALS or not parameters:
         return len(chosen), []
     rng = np.random.default_rng(0)

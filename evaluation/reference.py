@@ -135,11 +135,14 @@ def _extractor(
         assert images.labels is not None
         assert rest.labels is not None
         assert held_out.labels is not None
+        labels = np.concatenate([images.labels, rest.labels])
+        classes = np.unique(labels)  # a class may have had broken images alone, which were left out
+        known = np.isin(held_out.labels, classes)
         return train_classifier(
             [images.pixels, rest.pixels],
-            np.concatenate([images.labels, rest.labels]),
-            held_out.pixels,
-            held_out.labels,
+            np.searchsorted(classes, labels),
+            held_out.pixels if known.all() else held_out.pixels[known],  # the former may be mapped from disk
+            np.searchsorted(classes, held_out.labels[known]),
             seed=0,
             device=device,
             horizontal_flip=mirrored,

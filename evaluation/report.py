@@ -114,7 +114,7 @@ def _summary(config: Mapping[str, Any], rows: Sequence[Row], ended: str | None) 
 
 def _no_ranking(rows: Sequence[Row], best: str | None, metric: str) -> str:
     why = "There is no ranking yet: the final stage has not scored any trial."
-    if metric == "grid_loss" and all(rung["frechet"] is None for row in rows for rung in row["rungs"]):
+    if metric == "grid_loss" and analysis.measured(rows) == ["grid_loss"]:
         why = "There is no ranking: nothing could judge the images (no labels, and no Inception weights)."
     text = f"<p>{why}</p>"
     if best is not None:
@@ -177,7 +177,8 @@ def _asked(config: Mapping[str, Any], rows: Sequence[Row], real_samples: np.ndar
         data += [f"{width} × {height} pixels", "grey" if channels == 1 else "colour"]
     rungs = [str(epoch) for epoch in rung_epochs(stopping["rungs"], train["epochs"])]
     rule = {"asha": "successive halving", "median": "the median rule"}.get(stopping["scheduler"])
-    stopped = f"{rule} on the {METRICS[metric]} of {stopping['images']:,} images after epoch {joined(rungs)}"
+    judged = "held-out images" if metric == "grid_loss" else f"{stopping['images']:,} images"
+    stopped = f"{rule} on the {METRICS[metric]} of {judged} after epoch {joined(rungs)}"
     budget = [count(config["trials"], "trial")]
     budget += [
         f"{number(v)} {n.replace('_', '-')}" for n, v in (config.get("budget") or {}).items() if v and "hours" in n
@@ -204,7 +205,8 @@ def _cost(
     spent, saved = analysis.savings(rows, config["train"]["epochs"])
     if not spent:
         return "<p>No training time has been spent yet.</p>"
-    stopped = sum(row["state"] == "stopped" for row in rows)
+    stopped = len(analysis.stopped_early(rows))
+    cut = sum(row["state"] == "stopped" for row in rows) - stopped
     trained = sum(row["worker_seconds"] > 0 for row in rows)
     text = f"<p>Training, with its rungs, took <strong>{_hours(spent)}</strong> of workers' time."
     if stopped:
@@ -215,6 +217,8 @@ def _cost(
         )
     else:
         text += " No trial was stopped early, so nothing was saved."
+    if cut:
+        text += f" {count(cut, 'trial')} more ended unfinished, by the budget or since not resumed: that saved nothing."
     spans = [span for row in rows if row["trial"] in events for span in events[row["trial"]].spans]
     busy = analysis.occupation(spans, config["train"]["workers"], spent)
     if busy:

@@ -194,7 +194,8 @@ def importance(rows: Sequence[Row], space: Mapping[str, Any], metric: str, epoch
         name = family or "All families"
         used, found = analysis.importances(rows, values, space, family)
         if not found:
-            few.append(f"{name} ({used})")
+            if used < least:
+                few.append(f"{name} ({used})")
             continue
         columns = [("Parameter", ""), ("", ""), ("Share", "n"), ("By chance up to", "n"), ("Beyond chance", "")]
         body = []

@@ -642,6 +642,16 @@ def test_hidden_parquet_files_are_no_data(tmp_path):
     assert len(data.load(DataConfig(name=f"parquet:{tmp_path}")).train) == 4
 
 
+def test_parquet_files_that_links_lead_to_are_read_once(tmp_path):
+    for number, place in enumerate(("data", "elsewhere")):
+        images = [encoded(noise(10 * number + i, 8, 8)) for i in range(5)]
+        parquet_of(tmp_path / place / f"{number}.parquet", images, None)
+    for name in ("linked", "again"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "elsewhere")
+    splits = data.load(DataConfig(name=f"parquet:{tmp_path}/data"))
+    assert len(splits.train) + len(splits.held_out) == 10
+
+
 @pytest.mark.parametrize("image", ["img", "image"])
 def test_parquet_files_of_a_folder_are_one_data_set(tmp_path, image):
     for number in range(3):

@@ -17,6 +17,7 @@ from trainer.checkpoint import Checkpoint
 from trainer.config import DataConfig, ModelConfig, SpeedConfig, TrainConfig
 from trainer.data import Images, batch_indices, epoch_end
 from trainer.ema import EMA
+from trainer.failures import failure_report
 from trainer.step import TrainStep, Worker
 from trainer.storage import Storage
 
@@ -206,6 +207,30 @@ def test_weights_that_the_last_step_broke_are_neither_scored_nor_stored(changes,
     assert 0 < failed.value.worker_seconds < 60
 
 
+@pytest.mark.parametrize("where", ["report", "log"])
+def test_what_a_training_took_is_known_however_it_ends(where):
+    def fails(metrics, what):
+        raise OSError(28, "No space left on device")
+
+    handed = {"report": lambda metrics, snapshot: None} | {where: fails}
+    with pytest.raises(OSError, match="No space") as failed:
+        loop.train(TINY, toy_images(), CPU, **handed)
+    report = failure_report(failed.value)
+    assert report["failure"] == "OSError: [Errno 28] No space left on device"
+    assert 0 < report["worker_seconds"] < 60
+
+
+def test_a_score_that_is_no_number_is_none():
+    """As of weights that are finite and huge: JSON has no word for it, and the checkpoint would not be stored."""
+
+    def score(denoiser, config, device):
+        return {"grid_loss": float("nan"), "frechet": float("inf"), "score": 1.0, "objective": float("inf")}
+
+    metrics = record(TINY.model_copy(update={"ema_decays": (0.5, 0.9)}), score=score)["metrics"][3]
+    assert (metrics["grid_loss"], metrics["frechet"], metrics["score"]) == (None, None, 1.0)
+    assert metrics["ema_objectives"] == {"0.5": None, "0.9": None}
+
+
 def test_a_resumed_training_knows_the_last_loss_of_the_one_before():
     taken = record(TINY, rungs=[1])
     advance = TrainStep(TINY, toy_images(), CPU)
@@ -263,6 +288,10 @@ def test_checkpoints_come_by_the_clock_by_epochs_at_rungs_and_at_the_end():
 def test_a_resumed_training_may_change_what_changes_nothing_that_is_learned():
     free = {"micro_batch": 2, "workers": 3, "min_workers": 1, "checkpoint_epochs": 1, "speed": SpeedConfig(bf16=True)}
     assert TINY.model_copy(update=free).learned() == TINY.learned()
+    elsewhere = TINY.data.model_copy(update={"root": "/mnt/data", "download": True})
+    assert TINY.model_copy(update={"data": elsewhere}).learned() == TINY.learned()
+    other = TINY.data.model_copy(update={"seed": 1})
+    assert TINY.model_copy(update={"data": other}).learned() != TINY.learned()
     for name, value in {"batch_size": 8, "seed": 1, "learning_rate": 1.0, "ema_decays": (0.5,)}.items():
         assert TINY.model_copy(update={name: value}).learned() != TINY.learned(), name
 

@@ -35,6 +35,24 @@ def test_where_training_mirrors_images_the_judge_takes_mirror_images_for_the_sam
     assert accuracy(mirrored=False) == 1.0
 
 
+def test_a_class_of_broken_images_alone_is_no_class_of_the_judge(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDPM_SEARCH_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for name, count in {"dark": 20, "faint": 1, "light": 20}.items():
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = rng.integers(0, 60, (8, 8), dtype=np.uint8) + np.uint8(150 * (name == "light"))
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    (tmp_path / "images" / "faint" / "0.png").write_bytes(b"no image")
+    splits = data.load(DataConfig(name=f"folder:{tmp_path}/images", train_fraction=0.5, skip_broken=True))
+    assert splits.train.labels is not None
+    assert set(splits.train.labels) == {0, 2}
+    judge = reference.prepare(splits, FinalStageConfig(), tmp_path / "cache", "cpu", lambda what: None)
+    assert judge is not None
+    assert judge.held_out.probabilities.shape[1] == 2
+    assert judge.accuracy == 1.0
+
+
 @pytest.mark.parametrize(("share", "what"), [(0.99, "held out"), (0.01, "to train on")])
 def test_a_single_image_to_judge_by_is_refused_with_a_remedy(tmp_path, monkeypatch, share, what):
     monkeypatch.setenv("DDPM_SEARCH_CACHE", str(tmp_path / "cache"))

@@ -186,10 +186,27 @@ def test_a_ranked_trial_alone_and_a_data_set_without_labels_have_a_report():
     assert "No other trial was ranked" in text
     assert "Grid loss, which decides" in text
     assert "Fréchet distance, which decides" not in text
-    assert "Stopped early successive halving on the grid loss of 256 images after epoch 10 and 30" in text
+    assert "Stopped early successive halving on the grid loss of held-out images after epoch 10 and 30" in text
     unranked = Page(render(rows)).text
     assert "no ranking: nothing could judge the images" in unranked
     assert "So far t1, cosine(0, 1, tau 1) is best by the grid loss: 0.1 at epoch 10" in unranked
+
+
+@pytest.mark.slow
+def test_that_nothing_can_judge_images_is_not_said_before_any_rung():
+    asked = CONFIG | {"early_stopping": CONFIG["early_stopping"] | {"metric": "grid_loss"}}
+    assert "nothing could judge" not in Page(render([row("t1", "running", rungs=[])], config=asked)).text
+
+
+@pytest.mark.slow
+def test_trials_that_the_budget_ended_are_not_among_those_that_stopping_early_saved():
+    spent = {"epoch": 10, "worker_seconds": 100.0}
+    cut = row("t1", "stopped", reason=f"{analysis.SHARE_SPENT}hours is spent", **spent)
+    text = Page(render([cut])).text
+    assert "No trial was stopped early, so nothing was saved. 1 trial more ended unfinished, by the budget" in text
+    text = Page(render([cut, row("t2", "stopped", reason="weak", **spent)])).text
+    assert "1 trial of 2 stopped early: in full they would have taken about 13.3 minutes more" in text
+    assert "1 trial more ended unfinished, by the budget or since not resumed: that saved nothing" in text
 
 
 @pytest.mark.slow
@@ -396,6 +413,11 @@ def test_importance_is_shown_where_there_are_trials_enough(monkeypatch: pytest.M
     assert f"cosine, {analysis.MIN_TRIALS} trials" in text
     assert "left out: linear (0), polynomial (0), sigmoid (0)" in text
     assert re.search(r"Beyond chance learning rate \d+% \d+%", text)
+    alone = CONFIG["space"] | {"families": {"cosine": CONFIG["space"]["families"]["cosine"]}}
+    text = Page(report_tables.importance(rows, alone | {"learning_rate": None, "dropout": None}, "frechet", 10)).text
+    assert "Too few trials" not in text  # they are enough, but nothing varied
+    assert "left out" not in text
+    assert "%" not in text
 
 
 @pytest.mark.parametrize("state", ["stopped", "completed"])

@@ -229,5 +229,6 @@ class TrainConfig(Config):
 
     def learned(self) -> dict[str, Any]:
         """All but what may be another when a training is resumed, since it changes nothing that is learned."""
-        free = {"micro_batch", "checkpoint_seconds", "checkpoint_epochs", "hang_seconds", "speed"}
-        return self.model_dump(exclude=free | {"workers", "min_workers"})
+        free = ("micro_batch", "checkpoint_seconds", "checkpoint_epochs", "hang_seconds", "speed")
+        exclude = dict.fromkeys((*free, "workers", "min_workers"), True) | {"data": {"root", "download"}}
+        return self.model_dump(exclude=exclude)

@@ -73,7 +73,7 @@ def digits() -> Listing:
 def folder(root: Path, config: DataConfig) -> Source:
     if not root.is_dir():
         raise FileNotFoundError(f"data.name: there is no folder {root}; give folder:PATH of the folder with the images")
-    files = sorted(_images_below(root))
+    files = sorted(files_below(root, IMAGE_SUFFIXES))
     if not files:
         raise FileNotFoundError(f"data.name: there is no image in {root} (looked for {' '.join(IMAGE_SUFFIXES)})")
     tops = [file.relative_to(root).parts[0] if file.parent != root else None for file in files]
@@ -88,8 +88,8 @@ def folder(root: Path, config: DataConfig) -> Source:
     return Source(files, lambda: of_files(files, labels), config.image_size)
 
 
-def _images_below(root: Path) -> Iterator[Path]:
-    """A folder that links lead to, round in a circle or not, is read once: as itself, where it is below root."""
+def files_below(root: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """But hidden ones. A folder that links lead to, round in a circle or not, is read once: itself, if below root."""
 
     def refuse(error: OSError) -> None:
         raise OSError(
@@ -107,5 +107,5 @@ def _images_below(root: Path) -> Iterator[Path]:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             tops += [link for name in folders if os.path.islink(link := os.path.join(parent, name))]  # noqa: PTH114, PTH118
             for name in names:
-                if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                if name.lower().endswith(suffixes) and not name.startswith("."):
                     yield Path(parent, name)

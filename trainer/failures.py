@@ -23,8 +23,6 @@ class Worker:
 class TrainingFailedError(Exception):
     """Training cannot go on, for a reason that every worker meets and a retry would meet again."""
 
-    worker_seconds = 0.0  # that it had taken until then, over all its lives
-
 
 class WorkerFailedError(TrainingFailedError):
     """This worker cannot go on; others may not know of it."""
@@ -36,26 +34,29 @@ class TooLittleMemoryError(WorkerFailedError):
 
 def failure_report(error: Exception) -> dict[str, Any]:
     """What a trial reports in place of metrics: {failure, worker_seconds, rung}."""
-    if isinstance(error, TrainingFailedError):
-        return {"failure": str(error), "worker_seconds": error.worker_seconds, "rung": True}
-    return {"failure": f"{type(error).__name__}: {error}", "worker_seconds": 0.0, "rung": True}
+    said = str(error) if isinstance(error, TrainingFailedError) else f"{type(error).__name__}: {error}"
+    return {"failure": said, "worker_seconds": getattr(error, "worker_seconds", 0.0), "rung": True}
+
+
+@contextlib.contextmanager
+def knowing_its_cost(meta: dict[str, Any]) -> Iterator[None]:
+    """What breaks a block carries meta["worker_seconds"]: what the training took until then, over all its lives."""
+    try:
+        yield
+    except Exception as error:
+        error.worker_seconds = meta["worker_seconds"]  # type: ignore[attr-defined]
+        raise
 
 
 @contextlib.contextmanager
 def counted(meta: dict[str, Any], worker: Worker) -> Iterator[None]:
-    """Adds what a block takes all workers to meta["worker_seconds"]; a TrainingFailedError carries the sum."""
-    began = time.monotonic()
-
-    def add() -> None:
-        meta["worker_seconds"] += (time.monotonic() - began) * worker.world_size
-
-    try:
-        yield
-    except TrainingFailedError as error:
-        add()
-        error.worker_seconds = meta["worker_seconds"]
-        raise
-    add()
+    """Adds what a block takes all workers to meta["worker_seconds"]; what breaks it carries the sum."""
+    with knowing_its_cost(meta):
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            meta["worker_seconds"] += (time.monotonic() - began) * worker.world_size
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 from trainer import data
 from trainer.checkpoint import Checkpoint
 from trainer.config import TrainConfig
-from trainer.failures import TrainingFailedError, Worker, counted, explained
+from trainer.failures import TrainingFailedError, Worker, counted, explained, knowing_its_cost
 from trainer.step import TrainStep
 
 Metrics = dict[str, Any]
@@ -82,7 +82,8 @@ def train(
             state = advance.state() | {"losses": losses, "norms": norms}
             return Checkpoint({**meta, "metrics": metrics}, _apart(state))
 
-        report(metrics, snapshot)
+        with knowing_its_cost(meta):
+            report(metrics, snapshot)
         reported_at = time.monotonic()
 
     def is_due(ended_epoch: int) -> bool:
@@ -142,7 +143,8 @@ def train(
                     metrics |= _score(score, advance, config, device, every_decay=epoch == config.epochs, meta=meta)
         metrics["worker_seconds"] = meta["worker_seconds"]
         if worker.rank == 0:
-            log(metrics, metrics.pop("samples", None))
+            with knowing_its_cost(meta):
+                log(metrics, metrics.pop("samples", None))
         if at_rung:  # all of them are in every checkpoint: who should have noted one may have died meanwhile
             meta["rungs"] = [*meta["rungs"], metrics]
         if at_rung or due or stopped:
@@ -190,11 +192,15 @@ def _score(
     scored = {ema.decay: score(ema.model, config, device) for ema in emas}
     best = min(scored, key=lambda decay: scored[decay]["objective"])
     meta["ema_decay"] = best
-    metrics = {name: value for name, value in scored[best].items() if name != "objective"}
+    metrics = {name: _finite(value) for name, value in scored[best].items() if name != "objective"}
     if len(emas) > 1:
-        values = {str(decay): scored[decay]["objective"] for decay in scored}
-        metrics["ema_objectives"] = {decay: value if np.isfinite(value) else None for decay, value in values.items()}
+        metrics["ema_objectives"] = {str(decay): _finite(scored[decay]["objective"]) for decay in scored}
     return metrics
+
+
+def _finite(value: Any) -> Any:
+    """None for a number that is not finite: a model may give none, whose weights still are; JSON has no word for it."""
+    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _refuse_non_finite(losses: np.ndarray, meta: dict[str, Any], epoch: int) -> None:

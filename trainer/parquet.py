@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trainer.config import DataConfig
-from trainer.datasets import SPLIT_NAMES, Listing, Source
+from trainer.datasets import SPLIT_NAMES, Listing, Source, files_below
 from trainer.decode import Item
 
 BATCH = 256  # rows read at once
@@ -17,8 +17,7 @@ BATCH = 256  # rows read at once
 
 def find(path: Path, config: DataConfig) -> Source:
     if path.is_dir():
-        found = path.rglob("*.parquet")
-        files = sorted(file for file in found if not any(part[0] == "." for part in file.relative_to(path).parts))
+        files = sorted(files_below(path, (".parquet",)))
     elif path.exists():
         files = [path]
     else:
