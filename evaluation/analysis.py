@@ -149,6 +149,7 @@ def importances(
             chosen.append((params, values[row["trial"]]))
     # A forest over what never varied has no variance to share, which Optuna takes for an error.
     parameters = {n: own for n, own in parameters.items() if len({params[n] for params, _ in chosen}) > 1}
+    chosen = [({name: params[name] for name in parameters}, value) for params, value in chosen]
     if len(chosen) < MIN_TRIALS or not parameters:
         return len(chosen), []
     rng = np.random.default_rng(0)
