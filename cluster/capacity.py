@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import ray
 
-WORKER_BYTES = 2**30  # of a node's memory, for a worker: one of `digits` took 0.97 GiB of it, 0.63 before its network
+WORKER_BYTES = 1023 * 2**20  # of a node's memory, for a worker: one of `digits` took 993 MiB, 645 before its network
+SPARE_BYTES = 2**20  # of a node's memory: a trial's own process reserves a byte, which workers must not take
 NODES_SECONDS = 600  # how long nodes that a trial needs may take to start
 LOOK_SECONDS = 2.0
 
@@ -53,7 +54,8 @@ class Capacity:
         Of its node's memory nothing, but where that ends before the GPUs or CPUs do.
         """
         worker = {"CPU": 1.0, "GPU": 1.0 / per_gpu} if self.use_gpu else {"CPU": 1.0}
-        hosts = [(node.memory, n) for node, n in zip(self.nodes, self.slots(worker), strict=True) if node.memory and n]
+        fit = zip(self.nodes, self.slots(worker), strict=True)
+        hosts = [(max(1, node.memory - SPARE_BYTES), n) for node, n in fit if node.memory and n]
         if all(n <= memory // WORKER_BYTES for memory, n in hosts):
             return worker
         return worker | {"memory": min(WORKER_BYTES, max(memory for memory, _ in hosts))}
@@ -63,7 +65,10 @@ class Capacity:
         worker = worker or self.worker()
         share, memory = worker.get("GPU"), worker.get("memory")
         fit = [int(min(int(n.gpus) * round(1 / share), n.cpus) if share else n.cpus) for n in self.nodes]
-        return [min(n, int(node.memory // memory)) for n, node in zip(fit, self.nodes, strict=True)] if memory else fit
+        if not memory:
+            return fit
+        room = [max(0, int((node.memory - SPARE_BYTES) // memory)) for node in self.nodes]
+        return list(map(min, fit, room))
 
     def strategy(self, workers: int, worker: dict[str, float]) -> Literal["STRICT_PACK", "PACK"]:
         """Ray's word for how one trial's workers are laid: on one node wherever any node is large enough."""

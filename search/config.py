@@ -175,21 +175,25 @@ class UserError(ValueError):
 
 
 def load(name_or_path: str, overrides: list[str] | None = None, name: str | None = None) -> SearchConfig:
-    """Reads a YAML by path, or a shipped one by name; `overrides` are a.b=c, or a.b+=c to append to a list,
+    """Reads a YAML by path or address, or a shipped one by name; `overrides` are a.b=c, or a.b+=c to append to a list,
     c read as YAML; `name` is the run's, by default the file's. Raises UserError."""
-    path = _find(name_or_path)
-    if path is None:
+    try:
+        found = _read(name_or_path)
+    except (OSError, ValueError) as error:  # no text, may not be read; an unknown s3:// like scheme
+        raise UserError(f"{name_or_path} is no configuration that can be read: {error}") from error
+    if found is None:
         names = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.yaml")))
         raise UserError(
             f"no configuration at {name_or_path!r}; give the path of a YAML file, or a shipped name: {names}"
         )
+    stem, text = found
     try:
-        tree = _Loader(path.read_text()).get_single_data() or {}
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+        tree = _Loader(text).get_single_data() or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{name_or_path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold a mapping of settings, but holds a {type(tree).__name__}")
-    tree.setdefault("name", path.stem)
+        raise UserError(f"{name_or_path} must hold a mapping of settings, but holds a {type(tree).__name__}")
+    tree.setdefault("name", stem)
     for override in overrides or []:
         _set(tree, override)
     if name is not None:
@@ -201,10 +205,22 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that is given twice, of which YAML would keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # <<: *anchor, laid under its own
+        keys = [self.construct_object(key, deep=True) for key in own]
         if twice := [key for index, key in enumerate(keys) if key in keys[:index]]:
             raise yaml.YAMLError(f"{twice[0]!r} is given twice, the second time{node.start_mark}")
         return super().construct_mapping(node, deep)
+
+
+def _read(name_or_path: str) -> tuple[str, str] | None:
+    """The name of a file without its ending, and what is in it; None where there is no such file."""
+    if "://" in name_or_path:
+        from trainer.storage import Storage
+
+        file = Storage(name_or_path)
+        return (Path(file.root).stem, file.read("").decode()) if file.exists() else None
+    path = _find(name_or_path)
+    return (path.stem, path.read_text()) if path else None
 
 
 def _find(name_or_path: str) -> Path | None:

@@ -163,7 +163,7 @@ def _commands(config: SearchConfig, run: Storage, ranked: dict[str, Any] | None)
     others = [f"--{name} {drawn[name]}" for name, value in own.items() if drawn.get(name, value) != value]
     again = f"{config.name[:58]}-again"  # a name has 64 letters at most
     return [
-        f"ddpm-search run {shlex.quote(f'{run.uri}/{CONFIG}')} --name {again}",
+        f"ddpm-search run {shlex.quote(run.at(CONFIG).uri)} --name {again}",
         *([f"ddpm-search evaluate runs/{again} {' '.join(others)}"] if others else []),
         f"ddpm-search status {shlex.quote(run.uri)}",
     ]

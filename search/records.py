@@ -72,6 +72,10 @@ class Row:
         return {name: getattr(self, name) for name in names}
 
 
+class DamagedError(Exception):
+    """The table is there, and is none."""
+
+
 class Records:
     """The rows of a run. A new row is on disk before the call returns, and so is every change of a small table.
 
@@ -87,15 +91,21 @@ class Records:
 
     @classmethod
     def load(cls, run: Storage) -> "Records":
-        """The rows of a run; none where it has no table yet."""
+        """The rows of a run; none where it has no table yet. Raises DamagedError."""
         if not run.exists(FILE):
             return cls(run)
-        # read_table would import pandas, 0.3 s; and a pool of threads for a small table aborts the process at its end
-        # ("terminate called without an active exception") about once in a hundred times.
-        table = pq.ParquetFile(io.BytesIO(run.read(FILE)), pre_buffer=False).read(use_threads=False)
-        known = [name for name in SCHEMA.names if name in table.column_names]  # another version's may differ
-        rows = [row | {"settings": json.loads(row.get("settings") or "{}")} for row in table.select(known).to_pylist()]
-        return cls(run, {row["trial"]: Row(**row) for row in rows})
+        content = io.BytesIO(run.read(FILE))
+        try:
+            # read_table would import pandas, 0.3 s; and a pool of threads for a small table aborts the process at its
+            # end ("terminate called without an active exception") about once in a hundred times.
+            file = pq.ParquetFile(content, pre_buffer=False, page_checksum_verification=True)
+            table = file.read(use_threads=False)
+            known = [name for name in SCHEMA.names if name in table.column_names]  # another version's may differ
+            rows = table.select(known).to_pylist()
+            made = [Row(**row | {"settings": json.loads(row.get("settings") or "{}")}) for row in rows]
+        except (pa.ArrowException, OSError, ValueError, TypeError) as error:  # as Arrow says of a damaged file
+            raise DamagedError(str(error)) from error
+        return cls(run, {row.trial: row for row in made})
 
     def __iter__(self) -> Iterator[Row]:
         return iter(list(self._rows.values()))  # one step of the interpreter: another thread may add a row
@@ -172,7 +182,7 @@ class Records:
             began = time.monotonic()
             self._later = False  # a change that comes from now on is perhaps not in it
             buffer = io.BytesIO()
-            pq.write_table(self._table(), buffer)
+            pq.write_table(self._table(), buffer, write_page_checksum=True)
             try:
                 self.run.write(FILE, buffer.getvalue())
             except BaseException:

@@ -3,11 +3,10 @@
 import json
 from typing import Any
 
-import pyarrow as pa
 import yaml
 
 from search.config import SearchConfig, UserError, parse
-from search.records import FILE, Records, Row
+from search.records import FILE, DamagedError, Records, Row
 from trainer.storage import Storage
 
 CONFIG, RANKING, CONFIRM = "config.yaml", "ranking.json", "confirm"
@@ -34,7 +33,7 @@ def read_run(path: str) -> tuple[dict[str, Any], Storage, Records]:
         raise UserError(f"no run at {path}: it has no {CONFIG}; give the folder that `ddpm-search run` printed")
     try:
         tree, records = yaml.safe_load(run.read(CONFIG)), Records.load(run)
-    except (yaml.YAMLError, UnicodeDecodeError, pa.ArrowInvalid) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, DamagedError) as error:
         raise UserError(f"the run at {path} is damaged: {error}; restore {CONFIG} and {FILE} from a copy") from error
     try:
         whole = bool(tree["name"] and tree["train"]["epochs"] and tree["early_stopping"]["metric"])
@@ -55,7 +54,7 @@ def confirmations(run: Storage) -> list[tuple[str, Row]]:
     place = run.at(CONFIRM)
     try:
         return [(row.trial.rpartition("-seed")[0], row) for row in Records.load(place)]
-    except pa.ArrowInvalid as error:
+    except DamagedError as error:
         raise UserError(f"{place.uri}/{FILE} is damaged: {error}; restore it from a copy") from error
 
 

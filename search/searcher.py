@@ -32,7 +32,7 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
     of each of its rungs (Ray tells COMPLETE, and TPE takes an early value for a final one); a failed one is FAIL, and
     so is a screened one: TPE would take PRUNED ones without a value for the best there are until others have one. A
     reused one is told what became of the trial that it equals, once that has ended. `ended` says why nothing more is
-    suggested, where that is so.
+    trained, `exhausted` why nothing more is suggested, where that is so: what was begun is then trained all the same.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         )
         self.copied = True  # all that has ended
         self.ended: str | None = None
+        self.exhausted: str | None = None
         self._ot_study.stop = self._exhausted  # what grids call, and Optuna allows in its own loop only
         self._keys: dict[str, str] = {}  # Tune's trial id → our stable key
         self._unfinished: list[Row] = []
@@ -77,10 +78,13 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
 
         samplers.take_up(self._ot_study)
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The next trial's configuration, after writing its row; screened and reused ones are noted on the way."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial's configuration, after writing its row; screened and reused ones are noted on the way.
+
+        None, to be asked again, where a trial that others equal may yet fail: one of them would be trained instead.
+        """
         if self.over():
-            return str(Searcher.FINISHED)
+            return self._nothing()
         if self._unfinished:
             row = self._unfinished.pop(0)
             self._ask(trial_id, space.params_of(vars(row)))
@@ -101,12 +105,17 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
                 self._tell(trial_id, row)
             elif trial_id in self._ot_trials:
                 self._ot_trials[row.trial] = self._ot_trials.pop(trial_id)  # told with the trial that it equals
-        return str(Searcher.FINISHED)
+        return self._nothing()
+
+    def _nothing(self) -> str | None:
+        may_come = self.ended is None and any(row.same_as and self._outcome(row).state in OPEN for row in self.records)
+        return None if may_come else str(Searcher.FINISHED)
 
     def over(self) -> str | None:
-        """Why no trial is begun any more, or None. What an earlier driver left unfinished is then stopped where it is.
+        """Why no trial is begun any more, or None.
 
-        But what is past its last rung: that is finished first.
+        Where the budget is spent, what an earlier driver left unfinished is stopped where it is; but what is past its
+        last rung is finished first.
         Raises UserError where nothing in the space passes the screen.
         """
         if self.ended is None and self.budget:
@@ -117,7 +126,7 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
                     f"{MAX_UNTRAINED_IN_A_ROW} configurations in a row failed the screen, the last because: "
                     f"{list(self.records)[-1].reason}; narrow space.families to schedules that reach pure noise"
                 )
-            self.ended = f"the last {MAX_UNTRAINED_IN_A_ROW} suggestions held nothing new to train"
+            self.exhausted = f"the last {MAX_UNTRAINED_IN_A_ROW} suggestions held nothing new to train"
         if self.ended:
             last = max(self.config.rung_epochs(), default=0)
             short = [row for row in self._unfinished if not row.rungs or row.epoch < last]
@@ -126,13 +135,14 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
                 row = self.records.update(row.trial, state="stopped", reason=f"{NOT_RESUMED}{self.ended}")
                 self._remember(row)
                 self._tell_reused(row)
-        return None if self._unfinished else self.ended
+        if self._unfinished:
+            return None
+        return self.ended or (None if self._known else self.exhausted)
 
     def left(self) -> str | None:
         """Why the search has ended, after Tune has; what that was made to leave is then stopped as in `over`."""
         self._unfinished = [row for row in self.records if row.state in OPEN]
-        self.over()
-        return self.ended
+        return self.over() or self.ended
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing: rungs are told when a trial ends, from the record, the deciding one included."""
@@ -170,7 +180,7 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         return row
 
     def _exhausted(self) -> None:
-        self.ended = f"{self.config.searcher.name} has suggested all there is"
+        self.exhausted = f"{self.config.searcher.name} has suggested all there is"
 
     def _untrained_in_a_row(self) -> int:
         return sum(1 for _ in takewhile(lambda row: row.state in UNTRAINED, reversed(list(self.records))))

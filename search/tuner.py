@@ -19,6 +19,7 @@ from rich.console import Console
 from cluster import capacity
 from cluster.capacity import Capacity, Placement
 from cluster.leftovers import Leftovers
+from evaluation.analysis import CUT_SHORT
 from evaluation.rung import RungScorer
 from search import trial
 from search.budget import Budget
@@ -48,6 +49,12 @@ TUNE_ENVIRONMENT = {
 def trials_left(config: SearchConfig, records: Records) -> int:
     """Trainings still to be started or finished; what is screened or reused counts in no budget."""
     return max(0, config.trials - sum(row.state in ENDED for row in records))
+
+
+def why_over(config: SearchConfig, records: Records, ended: str | None) -> str | None:
+    """Why a search has ended. ended: why nothing more was begun, which is the reason too where it cut the last ones."""
+    cut = any((row.reason or "").startswith(CUT_SHORT) for row in records)
+    return ended if trials_left(config, records) or (ended and cut) else f"all {config.trials} trials are done"
 
 
 def tidy(run: Storage, records: Iterable[Row]) -> None:
@@ -160,11 +167,9 @@ def _tune(
         mend_study(config, run, records, metric)
     if interrupt.requested:
         raise KeyboardInterrupt
-    if not trials_left(config, records):
-        return f"all {config.trials} trials are done"
-    if ended is None:
+    if not (why := why_over(config, records, ended)):
         raise RuntimeError(f"Ray Tune ended before the search in {run.uri}; {resume_command(run.uri)} goes on with it")
-    return ended
+    return why
 
 
 class _Room:

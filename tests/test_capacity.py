@@ -8,6 +8,8 @@ from search.cluster_verbs import placement_lines
 from search.config import UserError
 
 GIB = 2**30
+MIB = 2**20
+WORKER = 1023 * MIB  # so that 16 of them leave something of 16 GiB
 
 
 def capacity(*nodes: tuple[float, ...]) -> Capacity:
@@ -102,14 +104,14 @@ def test_a_measured_peak_says_how_many_trials_share_a_gpu(peak, trials):
 @pytest.mark.parametrize(
     ("nodes", "slots", "reserved"),
     [
-        ([(64, 0, 16 * GIB)], [16], GIB),
-        ([(64, 0, 16 * GIB), (8, 0, 64 * GIB)], [16, 8], GIB),
+        ([(64, 0, 16 * GIB)], [16], WORKER),
+        ([(64, 0, 16 * GIB), (8, 0, 64 * GIB)], [16, 8], WORKER),
         ([(8, 0, 16 * GIB)], [8], None),  # of what is not scarce nothing is reserved
         ([(8, 0, 8 * GIB), (2, 0)], [8, 2], None),  # one that was told of no memory
-        ([(8, 0, 6 * GIB), (2, 0)], [6, 0], GIB),  # Ray lends none of it there
-        ([(4, 0, GIB / 2)], [1], GIB / 2),  # too little for one: tried all the same
+        ([(8, 0, 6 * GIB), (2, 0)], [6, 0], WORKER),  # Ray lends none of it there
+        ([(4, 0, GIB / 2)], [1], GIB / 2 - MIB),  # too little for one: tried all the same
         ([(16, 1, 4 * GIB), (64, 0, GIB / 2)], [1, 0], None),
-        ([(2, 2, GIB / 4), (64, 0, 9 * GIB)], [1, 0], GIB / 4),
+        ([(2, 2, GIB / 4), (64, 0, 9 * GIB)], [1, 0], GIB / 4 - MIB),
     ],
 )
 def test_workers_are_as_many_as_a_node_has_memory_for(nodes, slots, reserved):
@@ -118,10 +120,18 @@ def test_workers_are_as_many_as_a_node_has_memory_for(nodes, slots, reserved):
     assert cluster.place(1).worker.get("memory") == reserved
 
 
+@pytest.mark.parametrize("memory", [GIB / 2, GIB, 2 * WORKER, 4 * GIB, 16 * GIB + 1])
+def test_workers_leave_the_trials_own_processes_some_of_a_node_s_memory(memory):
+    """Each reserves a byte; where it has none left, no worker of its trial ever starts."""
+    cluster = capacity((64, 0, memory))
+    placement = cluster.place(1)
+    assert placement.at_once * (placement.worker["memory"] + 1) <= memory
+
+
 def test_memory_limits_trials_that_share_a_gpu():
     shared = capacity((64, 1, 4 * GIB)).place(1, per_gpu=10)
     assert shared.at_once == 4
-    assert shared.worker == {"CPU": 1.0, "GPU": 0.1, "memory": GIB}
+    assert shared.worker == {"CPU": 1.0, "GPU": 0.1, "memory": WORKER}
 
 
 @pytest.mark.parametrize(("min_workers", "at_once"), [(1, 1), (3, 1), (None, None), (4, None)])

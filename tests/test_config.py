@@ -167,6 +167,25 @@ def test_a_setting_that_no_training_has_is_refused_by_its_name(wrong):
         load("digits", [wrong])
 
 
+def test_a_configuration_is_read_from_an_address(tmp_path):
+    """As of a run in an object store, which its report says how to do again."""
+    (tmp_path / "mine.yaml").write_text("trials: 3\n")
+    config = load(f"file://{tmp_path}/mine.yaml")
+    assert (config.name, config.trials) == ("mine", 3)
+    for wrong, said in (("none.yaml", "no configuration at"), ("", "no configuration that can be read")):
+        with pytest.raises(UserError, match=said):
+            load(f"file://{tmp_path}/{wrong}")
+    with pytest.raises(UserError, match="ftp://x/y is no configuration that can be read"):
+        load("ftp://x/y")
+
+
+def test_what_yaml_merges_is_laid_under_a_mapping_s_own_keys(tmp_path):
+    points = "known_points:\n  - &a {family: cosine, start: 0, end: 1}\n  - {<<: *a, start: 0.1, tau: 2.0}\n"
+    (tmp_path / "merged.yaml").write_text(points)
+    first, second = load(str(tmp_path / "merged.yaml")).known_points
+    assert (first.start, second.family, second.start, second.end, second.tau) == (0, "cosine", 0.1, 1, 2)
+
+
 def test_a_key_that_is_given_twice_is_refused(tmp_path):
     (tmp_path / "twice.yaml").write_text("train: {epochs: 3}\ntrials: 2\ntrain: {batch_size: 8}\n")
     with pytest.raises(UserError, match="'train' is given twice"):

@@ -229,6 +229,9 @@ def test_a_report_s_commands_are_a_shell_s_also_where_a_folder_s_name_has_spaces
     home = tmp_path / "my runs"
     commands = outcome._commands(load("digits", name="mine"), Storage(home), None)
     assert [shlex.split(command)[2] for command in commands] == [f"{home}/config.yaml", str(home)]
+    bucket = "s3://bucket/mine?endpoint_override=localhost:1"
+    commands = outcome._commands(load("digits", name="mine"), Storage(bucket), None)
+    assert shlex.split(commands[0])[2] == "s3://bucket/mine/config.yaml?endpoint_override=localhost:1"
 
 
 def test_the_name_to_do_it_again_by_is_no_longer_than_a_name_may_be(tmp_path):

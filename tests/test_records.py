@@ -9,13 +9,14 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from search import records as trials_table
 from search.config import UserError, load
-from search.records import FILE, SMALL, Records
+from search.records import FILE, SMALL, DamagedError, Records
 from search.runs import CONFIG, open_run, read_run, storage_at
 from trainer.storage import Storage
 
@@ -62,6 +63,26 @@ def test_a_table_of_another_version_is_read(records, row):
     table = table.append_column("of_a_later_one", [["x"]])
     pq.write_table(table, f"{records.run.root}/{FILE}")
     assert list(Records.load(records.run)) == [row()]
+
+
+def test_a_bit_that_flipped_is_never_a_value_and_always_said_as_damage(records, row):
+    """Of pages; what a flip makes of the table's description may be read as another version's."""
+    for index in range(20):
+        records.add(row(f"t{index:04d}-cosine", worker_seconds=float(index)))
+    whole, before, rng = records.run.read(FILE), list(records), np.random.default_rng(0)
+    description = int.from_bytes(whole[-8:-4], "little") + 8
+    said = 0
+    for place in rng.choice(8 * len(whole), 300, replace=False).tolist():
+        content = bytearray(whole)
+        content[place // 8] ^= 1 << place % 8
+        records.run.write(FILE, bytes(content))
+        try:
+            found = list(Records.load(records.run))
+        except DamagedError:
+            said += 1
+        else:
+            assert found == before or place // 8 >= len(whole) - description
+    assert said > 100
 
 
 def test_a_run_without_a_table_has_no_rows(tmp_path):

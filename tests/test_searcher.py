@@ -559,18 +559,71 @@ def test_a_rebuilt_study_knows_what_was_reused(records, ended):
     assert len(summary(rebuilt._ot_study)) == 2
 
 
+def test_where_nothing_new_is_found_one_that_equals_a_failed_trial_is_trained_in_its_place(records, monkeypatch):
+    monkeypatch.setattr(searcher, "MAX_UNTRAINED_IN_A_ROW", 5)
+    fixed = {"families": {"cosine": {"start": 0.2, "end": 1, "tau": 1}}, "learning_rate": 1e-3, "dropout": 0.0}
+    search = make(records, space=fixed)
+    suggest(search, "id0")
+    assert search.suggest("id1") is None
+    finish(search, "id0", "failed")
+    heir = suggest(search, "id1")
+    assert records[heir].state == "running"
+    assert [row.state for row in records] == ["failed", "running", *4 * ["reused"]]
+    assert search.suggest("id2") is None
+    finish(search, "id1", "completed", 4.0)
+    assert search.suggest("id2") == search.FINISHED
+    assert "5 suggestions held nothing new" in str(search.left())
+
+
+GRID = {
+    "searcher": {"name": "BruteForceSampler"},
+    "space": {"families": {"cosine": {"start": 0.2, "end": 1, "tau": 1}}, "learning_rate": 1e-3, "dropout": 0.0}
+    | {"train": {"batch_size": [32, 64]}},
+}
+
+
+def test_a_grid_that_is_exhausted_still_trains_what_was_begun(records):
+    """Outside of it, too: a known point that an earlier driver had begun."""
+    search = make(records, [OUTSIDE], **GRID)
+    for index in range(3):
+        suggest(search, f"id{index}")
+    for index in (1, 2):
+        finish(search, f"id{index}", "completed", 4.0)
+    assert "BruteForceSampler has suggested all there is" in str(search.over())
+    rebuilt = make(Records.load(records.run), [OUTSIDE], **GRID)
+    assert rebuilt.over() is None
+    assert suggest(rebuilt, "new0") == next(iter(records)).trial
+    finish(rebuilt, "new0", "completed", 4.0)
+    assert rebuilt.suggest("new1") == rebuilt.FINISHED
+    assert [row.state for row in rebuilt.records] == 3 * ["completed"]
+    assert "BruteForceSampler has suggested all there is" in str(rebuilt.left())
+
+
+def test_a_grid_s_confirmations_are_all_trained_though_it_is_exhausted(records, row):
+    points = [{"batch_size": 32}, {"batch_size": 64}]
+    for number in range(6):
+        params = {"start": 0.2, "learning_rate": 1e-3, "dropout": 0.0, "settings": points[number // 3]}
+        records.add(row(f"t{number // 3}-seed{number % 3}", seed=number, state="waiting", **params))
+    search = make(records, trials=6, **GRID)
+    for index in range(6):  # one at a time
+        suggest(search, f"id{index}")
+        finish(search, f"id{index}", "completed", 4.0)
+    assert [r.state for r in records] == 6 * ["completed"]
+
+
 def test_a_search_that_finds_nothing_new_ends_and_so_does_a_resumed_one(records, monkeypatch):
     monkeypatch.setattr(searcher, "MAX_UNTRAINED_IN_A_ROW", 5)
     fixed = {"families": {"cosine": {"start": 0.2, "end": 1, "tau": 1}}, "learning_rate": 1e-3, "dropout": 0.0}
     search = make(records, space=fixed)
     suggest(search, "id0")
-    assert search.suggest("id1") == search.FINISHED
-    assert "5 suggestions held nothing new" in str(search.ended)
+    assert search.suggest("id1") is None  # where the first failed, another would be trained in its place
+    assert "5 suggestions held nothing new" in str(search.over())
     assert [row.state for row in records] == ["running", *5 * ["reused"]]
     finish(search, "id0", "completed", 4.0)
+    assert search.suggest("id1") == search.FINISHED
     assert [(one.state, one.value) for one in told(search)] == 6 * [(TrialState.COMPLETE, 4.0)]
     rebuilt = make(Records.load(records.run), space=fixed)
-    assert rebuilt.over() == search.ended  # without Tune
+    assert rebuilt.over() == search.over()  # without Tune
     assert rebuilt.suggest("new0") == search.FINISHED
     assert len(rebuilt.records) == 6
     assert len(told(rebuilt)) == 6

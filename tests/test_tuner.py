@@ -8,11 +8,12 @@ from ray.tune.search import ConcurrencyLimiter
 from rich.console import Console
 
 from cluster.capacity import Capacity, Placement, Resources
+from evaluation.analysis import SHARE_SPENT
 from search import budget
 from search.config import BudgetConfig, load
 from search.interrupt import Interrupt
 from search.searcher import HonestOptunaSearch
-from search.tuner import _Room, _Stop
+from search.tuner import _Room, _Stop, why_over
 from trainer.config import TrainConfig
 
 
@@ -77,3 +78,16 @@ def test_a_trial_that_goes_on_with_fewer_workers_does_not_wait(begun, said):
         begun(1, 1, workers=8, min_workers=least).look(Capacity((HEAD, GPUS)))
         assert said.file.getvalue().startswith(words)
         assert bool(said.file.getvalue()) is bool(words)
+
+
+def test_a_budget_that_cut_the_last_trials_is_why_the_search_ended(records, row):
+    config, spent = load("digits", ["trials=2"]), f"{SHARE_SPENT}hours, 1 of 1, was spent"
+    records.add(row("t0", state="completed"))
+    assert why_over(config, records, None) is None
+    assert why_over(config, records, spent) == spent
+    records.add(row("t1", state="stopped", reason="2.1 is over 1.9"))
+    for ended in (None, spent):  # one that was spent while the last ones came to their end cut nothing
+        assert why_over(config, records, ended) == "all 2 trials are done"
+    records.update("t1", reason=spent)
+    assert why_over(config, records, spent) == spent
+    assert why_over(config, records, None) == "all 2 trials are done"
