@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import socket
 import sys
 import threading
@@ -32,7 +31,8 @@ def held(run: Storage) -> Iterator[None]:
     """Holds the run for the length of a with block. Raises TakenError where another living driver has it.
 
     A driver on this machine lives while its process does, a stopped one too; one elsewhere, while its heartbeat is
-    younger than a minute. One that finds its run taken over, when it goes on, interrupts itself.
+    younger than a minute. One that finds its run taken over, when it goes on, ends there and then (status 1): what it
+    would still write is older than what the other has written. Its local Ray ends with it.
     """
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
     mine |= {"began": psutil.Process().create_time(), "pids": _pid_namespace()}
@@ -52,9 +52,9 @@ def held(run: Storage) -> Iterator[None]:
                 else:
                     lost = None
                 if lost:
-                    print(f"\n{lost}: this process ends", file=sys.stderr, flush=True)
-                    os.kill(os.getpid(), signal.SIGINT)
-                    return
+                    shown = "\x1b[?25h" * sys.stderr.isatty()  # the cursor, which a progress bar hides
+                    print(f"{shown}\n{lost}: this process ends", file=sys.stderr, flush=True)
+                    os._exit(1)
                 run.write_json(FILE, mine | {"beat": time.time()})
 
     run.write_json(FILE, mine | {"beat": time.time()})

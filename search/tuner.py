@@ -92,8 +92,10 @@ def search(
     view = SearchView(console, records, scorer.metric, train.epochs, config.trials)
     ended = None
     try:
-        with view.shown():
-            ended = _tune(config, run, records, scorer, placement, view, budget, interrupt)
+        # Optuna's journal is rebuilt from the record by every driver, and on a local disk, as it needs.
+        with tempfile.TemporaryDirectory(prefix="ddpm-search-study-") as disk, view.shown():
+            journal = Path(run.root if run.is_local else disk, JOURNAL)
+            ended = _tune(config, run, records, scorer, placement, view, budget, interrupt, journal)
     finally:
         records.flush()
         budget.note(ended)
@@ -110,12 +112,14 @@ def _tune(
     view: SearchView,
     budget: Budget,
     interrupt: Interrupt,
+    journal: Path,
 ) -> str:
     metric = scorer.metric
     left = trials_left(config, records)
     os.environ |= TUNE_ENVIRONMENT
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    journal = _fresh_journal(run)
+    for old in (journal, journal.with_name(f"{JOURNAL}.lock")):
+        old.unlink(missing_ok=True)
     storage = JournalStorage(JournalFileBackend(str(journal)))
     searcher = HonestOptunaSearch(config, metric, records, storage, budget)
     ended = searcher.over()
@@ -191,14 +195,6 @@ class _Room:
                 f"{begun - self.held} of {begun} trials wait: the cluster has {what} for {self.held or 'none'} by now; "
                 "they go on when it has"
             )
-
-
-def _fresh_journal(run: Storage) -> Path:
-    """Where Optuna's journal is written: rebuilt from the record by every driver, and on a local disk, as it needs."""
-    folder = Path(run.root) if run.is_local else Path(tempfile.mkdtemp(prefix="ddpm-search-study-"))
-    for name in (JOURNAL, f"{JOURNAL}.lock"):
-        (folder / name).unlink(missing_ok=True)
-    return folder / JOURNAL
 
 
 def _copy_journal(run: Storage, journal: Path) -> None:

@@ -17,14 +17,16 @@ from search.config import UserError, load
 from trainer.storage import Storage
 
 HOLD = """
-import signal, sys, time
+import sys, time
 from search import lease
 from trainer.storage import Storage
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 lease.BEAT_SECONDS = 0.3
 with lease.held(Storage(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    try:
+        time.sleep(60)
+    finally:
+        Storage(sys.argv[1]).write("written at the end", b"")
 """
 
 
@@ -88,9 +90,10 @@ def test_a_driver_that_wakes_up_when_another_has_its_run_ends_and_lets_the_lease
     run.write_json(lease.FILE, theirs)
     os.kill(driver.pid, signal.SIGCONT)
     _, said = driver.communicate(timeout=30)
-    assert driver.returncode == -signal.SIGINT
+    assert driver.returncode == 1
     assert "is being worked on by process 7 on elsewhere" in said
     assert run.read_json(lease.FILE) == theirs
+    assert run.names() == [lease.FILE]
 
 
 def test_a_driver_that_wakes_up_when_another_has_finished_its_run_writes_no_lease_and_ends(tmp_path, driver):
@@ -100,7 +103,7 @@ def test_a_driver_that_wakes_up_when_another_has_finished_its_run_writes_no_leas
     run.delete(lease.FILE)
     os.kill(driver.pid, signal.SIGCONT)
     _, said = driver.communicate(timeout=30)
-    assert driver.returncode == -signal.SIGINT
+    assert driver.returncode == 1
     assert "was taken over, and given back" in said
     assert not run.exists(lease.FILE)
 
