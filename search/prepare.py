@@ -72,10 +72,10 @@ def reference_of(config: SearchConfig, splits: Splits, console: Console, run: St
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     local.release_memory()  # a GPU's, which trials need
-    if found is not None and found.accuracy is not None:
-        console.print(
-            f"Extractor:      a classifier of the data's own labels, {found.accuracy:.1%} right on held-out images"
-        )
+    if found is not None:
+        own = f"a classifier of the data's own labels, {found.accuracy or 0:.1%} right on held-out images"
+        published = "Inception V3 of 2015, by which scores are published"
+        console.print(f"Extractor:      {published if found.accuracy is None else own}")
     return found
 
 

@@ -252,7 +252,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("runner", ["train", "reuse"])
+@pytest.mark.parametrize("runner", ["reuse", pytest.param("train", marks=pytest.mark.faults)])  # which takes long
 def test_a_search_that_inception_judges_comes_to_its_end(environment, tmp_path, random_inception, runner):
     """Ray refuses functions above 95 MiB, which Inception with its statistics is."""
     weights, digest = random_inception
@@ -265,6 +265,7 @@ def test_a_search_that_inception_judges_comes_to_its_end(environment, tmp_path, 
     arguments = ("--storage", str(tmp_path), *settings(*small))
     done = subprocess.run((*command, *arguments), env=environment, capture_output=True, text=True, timeout=380)
     assert done.returncode == 0, done.stderr
+    assert "Extractor:      Inception V3 of 2015" in done.stdout
     assert "Inception Score of 24 images in splits of 8; extractor inception" in done.stdout
     (row,) = Records.load(Storage(tmp_path / "judged"))
     assert (row.state, row.epoch) == ("completed", 1)
