@@ -26,7 +26,7 @@ from evaluation.config import SamplerConfig
 from evaluation.rung import RungScorer
 from evaluation.sampling import Sampler
 from evaluation.scores import frechet_distance
-from search import config, space
+from search import config_file, space
 from search.config import SearchConfig
 from trainer import data, loop, schedules
 from trainer.config import TrainConfig
@@ -80,7 +80,7 @@ class Curve:
 
 def settings(overrides: tuple[str, ...] = ()) -> SearchConfig:
     """The search that the pool belongs to."""
-    return config.load("digits", [*OVERRIDES, *overrides])
+    return config_file.load("digits", [*OVERRIDES, *overrides])
 
 
 def load(path: Path) -> list[Curve]:

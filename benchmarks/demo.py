@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.common import RESULTS, provenance, write
-from search import config
+from search import config_file
 
 LIMITS = {"seconds": 360.0, "frechet_share": 0.10, "score_share": 0.85, "held_out_accuracy": 0.985}
 
@@ -45,7 +45,7 @@ def main() -> None:
     winner, real, noise = ranking["trials"][0], ranking["real"], ranking["noise"]
     same = winner["at_real_n"]  # the winner at as many images as there are real ones
     result = {
-        **provenance(config.load("digits").seed),
+        **provenance(config_file.load("digits").seed),
         "seconds": round(seconds, 1),
         "states": Counter(row["state"] for row in trials),
         "families": sorted({row["family"] for row in trials}),

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import provenance, write
-from search.config import load
+from search.config_file import load
 from trainer import data, step
 from trainer.config import DataConfig, TrainConfig
 from trainer.failures import Worker

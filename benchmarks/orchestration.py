@@ -26,7 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.common import RESULTS, provenance, write
 from evaluation import reference
-from search import config
+from search import config_file
 from search.records import Records, Row
 from trainer import data, local
 from trainer.data_cache import cache_folder
@@ -168,7 +168,7 @@ def plain() -> dict[str, Any]:
 def _train(process: int) -> list[float]:
     os.nice(15)  # as Ray's workers are
     torch.set_num_threads(1)
-    search = config.load("digits", [*SETTINGS])
+    search = config_file.load("digits", [*SETTINGS])
     splits = data.load(search.train.data)
     judge = reference.prepare(splits, search.final, cache_folder(), "cpu", lambda what: None)
     settings = search.early_stopping

@@ -27,7 +27,7 @@ from evaluation.extractors import Extractor
 from evaluation.reference import Reference
 from evaluation.shards import Candidate, Shard, shards_of
 from evaluation.stage import ShardWorker
-from search import config
+from search import config_file
 from trainer import checkpoint, data, model
 from trainer.data_cache import cache_folder
 from trainer.storage import Storage
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    settings = config.load("digits")
+    settings = config_file.load("digits")
     final = settings.final.model_copy(update={"images": arguments.images})
     splits = data.load(settings.train.data)
     judge = reference.prepare(splits, final, cache_folder(), "cpu", print)

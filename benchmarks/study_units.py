@@ -28,7 +28,8 @@ from evaluation.joint import pool
 from evaluation.ranking import score_influence, score_intervals
 from evaluation.sampling import Sampler
 from search import prepare, space, watch
-from search.config import SearchConfig, load
+from search.config import SearchConfig
+from search.config_file import load
 from trainer import checkpoint, local
 from trainer.storage import Storage
 

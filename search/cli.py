@@ -11,7 +11,8 @@ from rich.console import Console
 
 from evaluation.config import SamplerName
 from search import cluster_verbs, schedule_verbs
-from search.config import UserError, load
+from search.config import UserError
+from search.config_file import load
 from search.options import Address, Json, Set, console, home
 from trainer.config import SEEDS, Weights
 

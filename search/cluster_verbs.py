@@ -14,7 +14,8 @@ import yaml
 from rich.text import Text
 
 from evaluation.report_words import count
-from search.config import SearchConfig, UserError, load
+from search.config import SearchConfig, UserError
+from search.config_file import load
 from search.options import Address, Json, Set, console
 
 if TYPE_CHECKING:

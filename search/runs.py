@@ -5,7 +5,8 @@ from typing import Any
 
 import yaml
 
-from search.config import SearchConfig, UserError, parse
+from search.config import SearchConfig, UserError
+from search.config_file import parse
 from search.records import FILE, DamagedError, Records, Row
 from trainer.storage import Storage
 

@@ -13,7 +13,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from scipy import stats
 
 from benchmarks import common, curves, replay, soak, study, study_units, tables
-from search.config import load
+from search.config_file import load
 from search.records import Records
 from trainer.storage import Storage
 

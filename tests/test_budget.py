@@ -14,7 +14,8 @@ from cluster.capacity import Placement
 from evaluation import analysis
 from search import budget, tuner
 from search.budget import Budget
-from search.config import BudgetConfig, EarlyStoppingConfig, SearchConfig, load
+from search.config import BudgetConfig, EarlyStoppingConfig, SearchConfig
+from search.config_file import load
 from search.early_stopping import RungScheduler
 from search.interrupt import Interrupt
 from search.records import Records

@@ -15,7 +15,8 @@ import yaml
 
 from evaluation.config import FinalStageConfig
 from search import cli, lease, pipeline
-from search.config import SearchConfig, UserError, load
+from search.config import SearchConfig, UserError
+from search.config_file import load
 from search.records import Records, Row
 from search.runs import CONFIG
 from trainer.storage import Storage

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from search import config as configuration
-from search.config import CONFIGS, SearchConfig, UserError, load
+from search import config_file
+from search.config import SearchConfig, UserError
+from search.config_file import CONFIGS, load
 from search.space_config import KNOWN_POINTS, Range
 from trainer import schedules
 
@@ -126,7 +127,7 @@ def test_appending_adds_to_the_default_list():
 @pytest.mark.parametrize("name", ["..", ".", "../x", "a/b", "/tmp/x", ".hidden", "-x", "a b", "a\n", "", "x" * 65])
 def test_a_name_that_could_leave_its_folder_is_refused(name):
     with pytest.raises(UserError, match="name"):
-        configuration.parse({"name": name}, "here")
+        config_file.parse({"name": name}, "here")
 
 
 @pytest.mark.parametrize("name", ["nothing", "no/such.yaml", "~nobody-here/x.yaml", "x" * 5000, "digits.yml", "."])

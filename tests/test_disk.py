@@ -15,7 +15,8 @@ from optuna.storages.journal import JournalFileBackend
 from ray.tune.error import TuneError
 
 from search import cli
-from search.config import UserError, load
+from search.config import UserError
+from search.config_file import load
 from search.disk import full_disk_said, keep_what_is_asked_for
 from search.records import Records
 from search.searcher import HonestOptunaSearch

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from search import cli, pipeline
-from search.config import load
+from search.config_file import load
 from search.interrupt import Interrupt
 from trainer.storage import Storage
 

@@ -13,7 +13,8 @@ import pytest
 
 from cluster import connect
 from search import lease, pipeline
-from search.config import UserError, load
+from search.config import UserError
+from search.config_file import load
 from trainer.storage import Storage
 
 HOLD = """

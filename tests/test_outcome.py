@@ -17,7 +17,8 @@ from evaluation.classifier import Classifier, ClassifierNet, cached_classifier
 from evaluation.shards import Candidate, is_done, kept_images, shards_of
 from evaluation.stage import ShardWorker
 from search import outcome, pipeline, prepare
-from search.config import SearchConfig, UserError, load
+from search.config import SearchConfig, UserError
+from search.config_file import load
 from search.records import Records
 from search.runs import CONFIG, RANKING
 from trainer import checkpoint, data, model

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from search import disk, plan
-from search.config import load
+from search.config_file import load
 from search.trial_cost import Measured
 from trainer import data, local
 from trainer.storage import Storage

@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from search import records as trials_table
-from search.config import UserError, load
+from search.config import UserError
+from search.config_file import load
 from search.records import FILE, SMALL, DamagedError, Records
 from search.runs import CONFIG, open_run, read_run, storage_at
 from trainer.storage import Storage

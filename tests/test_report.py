@@ -10,9 +10,9 @@ import pytest
 
 from evaluation import analysis, report, report_figures, report_tables, report_words
 from evaluation.events import Events
-from search import config
+from search import config_file
 
-CONFIG = config.load("digits", ["seed=7", "trials=6", "train.epochs=90", "train.schedule.steps=100"]).model_dump(
+CONFIG = config_file.load("digits", ["seed=7", "trials=6", "train.epochs=90", "train.schedule.steps=100"]).model_dump(
     mode="json"
 )
 VOID = {"meta", "img", "br"}

@@ -11,7 +11,8 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 
 from search import samplers, space
-from search.config import UserError, load
+from search.config import UserError
+from search.config_file import load
 from search.records import Records
 from search.searcher import HonestOptunaSearch
 from trainer.storage import Storage

@@ -19,7 +19,7 @@ from diffusers import (
 
 from evaluation.config import SamplerConfig
 from evaluation.sampling import Sampler, block_seed, timesteps
-from search import config
+from search import config_file
 from trainer import schedules
 
 COSINE = schedules.betas("cosine", 0, 1)
@@ -55,7 +55,7 @@ def unet():
 
 def shipped_schedules():
     """The known points of all shipped configurations."""
-    configs = [config.load(path.stem) for path in Path(config.__file__).parent.glob("configs/*.yaml")]
+    configs = [config_file.load(path.stem) for path in Path(config_file.__file__).parent.glob("configs/*.yaml")]
     return {
         (point.family, point.start, point.end, point.tau, point.train.get("schedule.space", each.train.schedule.space))
         for each in configs

@@ -11,7 +11,8 @@ from optuna.trial import TrialState
 from ray.tune.search.optuna import OptunaSearch
 
 from search import pipeline, samplers, searcher, space
-from search.config import SearchConfig, UserError, load
+from search.config import SearchConfig, UserError
+from search.config_file import load
 from search.records import Records
 from search.searcher import HonestOptunaSearch
 from search.space_config import KnownPoint

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from search.config import UserError, load
+from search.config import UserError
+from search.config_file import load
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(

@@ -7,7 +7,8 @@ import pytest
 from pydantic import ValidationError
 
 from search import space
-from search.config import UserError, load
+from search.config import UserError
+from search.config_file import load
 from search.space_config import FAMILIES, KNOWN_POINTS, KnownPoint, Range
 
 CONFIG = load("digits")

@@ -17,7 +17,8 @@ from rich.console import Console
 from evaluation.config import SamplerConfig
 from evaluation.rung import RungScorer
 from search import trial_cost
-from search.config import UserError, load
+from search.config import UserError
+from search.config_file import load
 from search.trial_cost import Measured
 from trainer import data, local
 from trainer.storage import Storage

@@ -10,7 +10,8 @@ from rich.console import Console
 from cluster.capacity import Capacity, Placement, Resources
 from evaluation.analysis import SHARE_SPENT
 from search import budget
-from search.config import BudgetConfig, load
+from search.config import BudgetConfig
+from search.config_file import load
 from search.interrupt import Interrupt
 from search.searcher import HonestOptunaSearch
 from search.tuner import _Room, _Stop, why_over
