@@ -5,6 +5,7 @@ N, M images · K classes · D features · S splits of n images. Nothing here kno
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -95,6 +96,13 @@ class FeatureStatistics:
     covariance: Array
     n: int
 
+    @cached_property
+    def factor(self) -> Array:
+        """P (D, r) with P P^T = covariance, r its numerical rank. Found once: it takes seconds where D is 2048."""
+        eigenvalues, vectors = np.linalg.eigh(self.covariance)
+        kept = eigenvalues > eigenvalues.max(initial=0.0) * len(eigenvalues) * np.finfo(np.float64).eps
+        return np.asarray(vectors[:, kept] * np.sqrt(eigenvalues[kept]))
+
     @classmethod
     def of(cls, features: ArrayLike) -> "FeatureStatistics":
         """features (N, D), N >= 2. Raises ValueError where there are fewer, or one is not finite."""
@@ -124,12 +132,11 @@ def frechet_distance(a: ArrayLike | FeatureStatistics, b: ArrayLike | FeatureSta
 
     a, b: features (N, D) and (M, D), or their statistics; N and M may be smaller than D.
     """
-    stats_a, stats_b = _statistics(a), _statistics(b)
-    _same_width(stats_a.mean, stats_b.mean)
+    (stats_a, factor_a), (stats_b, factor_b) = _factored(a), _factored(b)
     # With A = P P^T and B = Q Q^T the trace is the sum of the singular values of P^T Q: no complex numbers, and no
     # square root of a rounding error (which would make 1e-16 of a singular covariance into 1e-8).
-    overlap = _factor(stats_a.covariance).T @ _factor(stats_b.covariance)
-    return _frechet(stats_a, stats_b, np.linalg.svd(overlap, compute_uv=False))
+    _same_width(stats_a.mean, stats_b.mean)
+    return _frechet(stats_a, stats_b, np.linalg.svd(factor_a.T @ factor_b, compute_uv=False))
 
 
 def frechet_influence(features: ArrayLike, reference: ArrayLike | FeatureStatistics) -> tuple[float, Array]:
@@ -142,11 +149,9 @@ def frechet_influence(features: ArrayLike, reference: ArrayLike | FeatureStatist
         2 m·c + N/(N-1) c^T (I - T) c - mean,   c = x - mean_a
     """
     values = _matrix(features, "features")
-    stats_a, stats_b = FeatureStatistics.of(values), _statistics(reference)
+    (stats_a, factor_a), (stats_b, reference_factor) = _factored(values), _factored(reference)
     _same_width(stats_a.mean, stats_b.mean)
-    reference_factor = _factor(stats_b.covariance)
-    overlap: Array = reference_factor.T @ _factor(stats_a.covariance)
-    u, singular, _ = np.linalg.svd(overlap, full_matrices=False)
+    u, singular, _ = np.linalg.svd(reference_factor.T @ factor_a, full_matrices=False)
     kept = singular > singular.max(initial=0.0) * len(stats_a.mean) * np.finfo(np.float64).eps
     root = reference_factor @ (u[:, kept] / np.sqrt(singular[kept]))  # (D, r), T = root root^T
     centred = values - stats_a.mean
@@ -201,20 +206,18 @@ def _matrix(values: ArrayLike, name: str) -> Array:
     return matrix
 
 
-def _statistics(values: ArrayLike | FeatureStatistics) -> FeatureStatistics:
-    return values if isinstance(values, FeatureStatistics) else FeatureStatistics.of(values)
+def _factored(values: ArrayLike | FeatureStatistics) -> tuple[FeatureStatistics, Array]:
+    """Statistics, and a factor of their covariance: of fewer features than they are wide, the centred ones are one."""
+    if isinstance(values, FeatureStatistics):
+        return values, values.factor
+    stats, matrix = FeatureStatistics.of(values), _matrix(values, "features")
+    few = len(matrix) <= matrix.shape[1]
+    return stats, (matrix - stats.mean).T / np.sqrt(len(matrix) - 1) if few else stats.factor
 
 
 def _same_width(a: Array, b: Array) -> None:
     if len(a) != len(b):
         raise ValueError(f"both sets must have features of one extractor, but got widths {len(a)} and {len(b)}")
-
-
-def _factor(covariance: Array) -> Array:
-    """P (D, r) with P P^T = covariance (D, D), r its numerical rank."""
-    eigenvalues, vectors = np.linalg.eigh(covariance)
-    kept = eigenvalues > eigenvalues.max(initial=0.0) * len(eigenvalues) * np.finfo(np.float64).eps
-    return np.asarray(vectors[:, kept] * np.sqrt(eigenvalues[kept]))
 
 
 def _frechet(a: FeatureStatistics, b: FeatureStatistics, singular: np.ndarray) -> float:
