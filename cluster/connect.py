@@ -175,8 +175,13 @@ def _check_answers(address: str) -> None:
 
     At once: Ray itself tries for more than a minute, and does not say that it was a token.
     """
+    if "://" in address:
+        raise ConnectError(
+            f"--address {address} is a Ray client's, through which Ray Tune cannot be driven; run this on a node "
+            "of the cluster with --address auto, or send it there: ddpm-search cluster submit"
+        )
     host, _, port = address.rpartition(":")
-    if "://" in address or not port.isdigit():  # auto, or a Ray client's address
+    if not port.isdigit():  # auto
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from evaluation.extractors import Extraction, check_images, extract_with
 from trainer.storage import Storage
 
-CLASSIFIER_VERSION = 1  # of the network below and of train_classifier.py: part of a cached classifier's name
+CLASSIFIER_VERSION = 2  # of the network below and of train_classifier.py: part of a cached classifier's name
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +104,10 @@ class Classifier:
             digest.update(name.encode() + value.cpu().numpy().tobytes())
         return digest.hexdigest()[:12]
 
-    def extract(self, images: np.ndarray | Tensor, batch_size: int = 500) -> Extraction:
+    def extract(self, images: np.ndarray | Tensor, batch_size: int | None = None) -> Extraction:
         """uint8 (N, H, W, C) of the trained size and number of channels → Extraction with K classes and D = 64.
 
+        batch_size None: 500 images of 64 x 64 pixels at once, fewer of larger ones: some 2 GiB of memory.
         Raises ValueError where the shape or type is another. What is known of the size is the short side.
         """
         batch = check_images(images)
@@ -118,6 +119,8 @@ class Classifier:
                 f"{min(batch.shape[1:3])}"
             )
         device = self.net.head.weight.device
+        if batch_size is None:
+            batch_size = max(1, min(500, 500 * 64 * 64 // (batch.shape[1] * batch.shape[2])))
         return extract_with(batch, batch_size, device, self.net.features, self.net.head.weight, self.net.head.bias)
 
     def to(self, device: str | torch.device) -> "Classifier":

@@ -48,15 +48,17 @@ def prepare(
     device: str,
     progress: Callable[[str], None],
     run: Storage | None = None,
+    inception: Inception | None = None,
 ) -> Reference | None:
     """The reference for a data set; None where nothing can judge its images (no labels, no Inception weights).
 
     A classifier is the one that `run` keeps, else that of the cache, else it is trained; and kept in `run` from then.
     device: where it works; the extractor that comes back is on the CPU, for it is sent to processes that have no GPU.
+    inception: what `inception_of` says, where another machine has the weights.
     Raises ValueError or OSError where the configuration asks for an extractor that cannot be had.
     """
     key = splits.key()
-    extractor = _extractor(splits, config, cache, key, device, progress, run)
+    extractor = inception or _extractor(splits, config, cache, key, device, progress, run)
     if extractor is None:
         return None
     for what, images in (("to train on", splits.train), ("held out", splits.held_out)):
@@ -108,6 +110,13 @@ def _noise(count: int, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
         yield np.clip(np.round((drawn + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
+def inception_of(splits: Splits, config: FinalStageConfig) -> Inception | None:
+    """Inception with its weights, where it is what judges these images. Raises as `prepare` does."""
+    weights = Path(config.inception_weights).expanduser() if config.inception_weights else None
+    wanted = weights is not None or (splits.train.labels is None and inception_path().is_file())
+    return Inception(weights) if config.extractor == "inception" or (config.extractor == "auto" and wanted) else None
+
+
 def _extractor(
     splits: Splits,
     config: FinalStageConfig,
@@ -117,12 +126,9 @@ def _extractor(
     progress: Callable[[str], None],
     run: Storage | None,
 ) -> Extractor | None:
-    labelled = splits.train.labels is not None
-    weights = Path(config.inception_weights).expanduser() if config.inception_weights else None
-    wanted = weights is not None or (not labelled and inception_path().is_file())
-    if config.extractor == "inception" or (config.extractor == "auto" and wanted):
-        return Inception(weights)
-    if not labelled:
+    if (inception := inception_of(splits, config)) is not None:
+        return inception
+    if splits.train.labels is None:
         if config.extractor != "auto":
             raise ValueError(f"final.extractor is {config.extractor}, which needs labels, but the data set has none")
         return None
@@ -138,6 +144,11 @@ def _extractor(
         labels = np.concatenate([images.labels, rest.labels])
         classes = np.unique(labels)  # a class may have had broken images alone, which were left out
         known = np.isin(held_out.labels, classes)
+        if not known.any():
+            raise ValueError(
+                "no held-out image is of a class that has others to train on, so that nothing can learn to judge them; "
+                "give more images of each class, or set train.data.labels to false"
+            )
         return train_classifier(
             [images.pixels, rest.pixels],
             np.searchsorted(classes, labels),

@@ -46,7 +46,8 @@ def train_classifier(
     net.mean.copy_((mean / 255)[:, None, None])
     net.std.copy_((std / 255).clamp_min(1e-3)[:, None, None])
 
-    batch_size = min(64 if len(x) < 10_000 else 256, len(x))
+    # Of large images fewer at once: 256 of 64 x 64 pixels take 2 GiB.
+    batch_size = min(64 if len(x) < 10_000 else 256, max(16, 2**20 // (x.shape[0] * x.shape[1])), len(x))
     steps = len(x) // batch_size
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=epochs * steps)

@@ -236,6 +236,8 @@ def train(
 def main() -> None:
     """Runs a command; a user's error is one message and exit status 2."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if cache := os.environ.get("DDPM_SEARCH_CACHE"):  # workers have working directories of their own
+        os.environ["DDPM_SEARCH_CACHE"] = str(Path(cache).expanduser().absolute())
     try:
         app(standalone_mode=True)
     except UserError as error:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from cluster import capacity, connect, nodes
+from cluster import capacity, connect
 from cluster.capacity import Placement
 from evaluation import ranking_file, stage
 from evaluation.analysis import deciding_metric
@@ -22,7 +22,7 @@ from search import budget, confirm, disk, lease, plan, tables, trial_cost, tuner
 from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt, resume_command
 from search.outcome import REPORT, finish, versions
-from search.prepare import choose_metric, reference_of
+from search.prepare import IMAGES, check_same_images, check_shared, choose_metric, reference_of
 from search.records import Records
 from search.runs import CONFIG, RANKING, read_ranking
 from trainer import data
@@ -56,7 +56,7 @@ def given_up_where_refused(run: Storage) -> Iterator[None]:
         raise  # it is another's
     except Exception:
         if not len(Records.load(run)):
-            for name in (CONFIG, tuner.JOURNAL, budget.FILE, "tune", EXTRACTOR):
+            for name in (CONFIG, IMAGES, tuner.JOURNAL, budget.FILE, "tune", EXTRACTOR):
                 run.delete(name)
         raise
 
@@ -116,7 +116,7 @@ def _prepare(
     The configuration comes back with a number for trials_per_gpu: auto, where anything is trained.
     """
     placement = cluster.place(*config.room)
-    reference = reference_of(config, splits, console, run)
+    reference = reference_of(config, splits, console, run, gpu_elsewhere=cluster.use_gpu)
     metric = choose_metric(config, reference, console)
     settings = config.early_stopping
     scorer = rung_scorer(splits, reference, settings.images, settings.sampler, metric)
@@ -135,6 +135,7 @@ def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, 
 
 
 def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
+    check_same_images(run, splits)
     records = Records.load(run)
     allowed = budget.Budget(config.budget, run, records)
     with connect.connected(address) as connection, Interrupt().handled() as interrupt:
@@ -143,7 +144,7 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.at('tensorboard').uri)}")
         cluster = _with_room(config.room, connection, console)
         if not connection.local:
-            _check_shared(run)
+            check_shared(run)
         left = tuner.trials_left(config, records)
         trains = bool(left or config.confirmations)
         config, reference, scorer, placement = _prepare(config, splits, cluster, console, run, trains)
@@ -178,19 +179,6 @@ def check_ranked(run: Storage) -> None:
         raise SystemExit(f"ddpm-search: no trial came to a checkpoint: nothing to rank; see {run.at(REPORT).uri}")
     if not any(row["rank"] for row in ranking["trials"]):
         raise SystemExit(f"ddpm-search: no trial has a score, for the reasons above; see {run.at(REPORT).uri}")
-
-
-def _check_shared(run: Storage) -> None:
-    """Raises UserError where a node does not see the run: its trials would train, and be lost."""
-    living = nodes.living()
-    seen = nodes.on_each(living, run.exists, CONFIG)
-    gone = nodes.NodeGoneError
-    blind = [n.name for n, sees in zip(living, seen, strict=True) if sees is not True and not isinstance(sees, gone)]
-    if blind:
-        raise UserError(
-            f"--storage must be shared by all nodes, but {run.uri} is not seen on {', '.join(blind)}; give a folder of "
-            "NFS or s3://bucket/folder, and look with: ddpm-search cluster doctor --storage …"
-        )
 
 
 def evaluate(
@@ -253,11 +241,12 @@ def evaluate_again(
     The run's own configuration stays what it was: `resume` ranks by that again.
     """
     with disk.full_disk_said(run), lease.held(run):
+        check_same_images(run, splits)
         records = Records.load(run)
         with connect.connected(address) as connection, Interrupt().handled() as interrupt:
             cluster = _with_room(config.room, connection, console)
             if not connection.local:
-                _check_shared(run)
+                check_shared(run)
             asked = config.model_copy(update={"final": final})
             asked, reference, scorer, _ = _prepare(asked, splits, cluster, console, run, trains=asked.confirmations > 0)
             if reference is None:

@@ -7,14 +7,18 @@ from rich.console import Console
 
 from evaluation import reference
 from evaluation.config import Metric
+from evaluation.inception import Inception
 from evaluation.reference import Reference
 from search import samplers, watch
 from search.config import SearchConfig, UserError
+from search.runs import CONFIG
 from trainer import data, failures, local
 from trainer.config import TrainConfig
 from trainer.data import Splits
 from trainer.data_cache import cache_folder
 from trainer.storage import Storage
+
+IMAGES = "images.json"  # which images a run is of: {train, held_out: how many, key: of their pixels and labels}
 
 
 def preflight(config: SearchConfig, console: Console) -> Splits:
@@ -39,6 +43,40 @@ def preflight(config: SearchConfig, console: Console) -> Splits:
     return splits
 
 
+def check_shared(run: Storage) -> None:
+    """Raises UserError where a node does not see the run: its trials would train, and be lost."""
+    from cluster import nodes
+
+    living = nodes.living()
+    seen = nodes.on_each(living, run.exists, CONFIG)
+    gone = nodes.NodeGoneError
+    blind = [n.name for n, sees in zip(living, seen, strict=True) if sees is not True and not isinstance(sees, gone)]
+    if blind:
+        raise UserError(
+            f"--storage must be shared by all nodes, but {run.uri} is not seen on {', '.join(blind)}; give a folder of "
+            "NFS or s3://bucket/folder, and look with: ddpm-search cluster doctor --storage …"
+        )
+
+
+def check_same_images(run: Storage, splits: Splits) -> None:
+    """Pins a run to the images that it begins with: its trials' values, and what judges them, are of these alone.
+
+    Raises UserError where they are others by now.
+    """
+    now = {"train": len(splits.train), "held_out": len(splits.held_out), "key": splits.key()}
+    if not run.exists(IMAGES):
+        run.write_json(IMAGES, now)
+        return
+    began = run.read_json(IMAGES)
+    if began != now:
+        others = f"{now['train']:,} and {now['held_out']:,} by now, {began['train']:,} and {began['held_out']:,} then"
+        raise UserError(
+            f"the images of {splits.config.name} are not those that {run.uri} began with (to train on and held out: "
+            f"{others}), so that nothing new compares with what it has; put them back, or begin another run. Where "
+            f"they are the same and only read otherwise (another Pillow), delete {run.uri}/{IMAGES}"
+        )
+
+
 def _check_fits(training: TrainConfig, where: str, splits: Splits) -> None:
     try:
         training.model.check_fits(splits.train.shape)
@@ -51,9 +89,14 @@ def _check_fits(training: TrainConfig, where: str, splits: Splits) -> None:
         )
 
 
-def reference_of(config: SearchConfig, splits: Splits, console: Console, run: Storage | None) -> Reference | None:
+def reference_of(
+    config: SearchConfig, splits: Splits, console: Console, run: Storage | None, gpu_elsewhere: bool = False
+) -> Reference | None:
     """The reference by the extractor that `run` keeps, and keeps from now on where it had none; without a run, by this
     machine's own.
+
+    gpu_elsewhere: the Ray that this process is connected to has a GPU. It is used where this machine has none: of a
+    head without one, CIFAR-10's classifier takes hours of CPUs.
     """
     import torch
 
@@ -68,7 +111,12 @@ def reference_of(config: SearchConfig, splits: Splits, console: Console, run: St
         return prepare("cpu")
 
     try:
-        found = prepare("cuda" if torch.cuda.is_available() else "cpu")
+        here = torch.cuda.is_available()
+        if gpu_elsewhere and not here:
+            with console.status("a node with a GPU reads the real images"):
+                found = _prepare_elsewhere(config, splits, run)
+        else:
+            found = prepare("cuda" if here else "cpu")
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
     local.release_memory()  # a GPU's, which trials need
@@ -77,6 +125,29 @@ def reference_of(config: SearchConfig, splits: Splits, console: Console, run: St
         published = "Inception V3 of 2015, by which scores are published"
         console.print(f"Extractor:      {published if found.accuracy is None else own}")
     return found
+
+
+def _prepare_elsewhere(config: SearchConfig, splits: Splits, run: Storage | None) -> Reference | None:
+    """reference.prepare on a node with a GPU, which has the data as trials do; Inception's weights are of this one."""
+    import ray
+
+    inception = reference.inception_of(splits, config.final)
+    task = ray.remote(num_cpus=1, num_gpus=1, max_calls=1)(_prepare_there)
+    try:
+        found: Reference | None = ray.get(task.remote(config, splits.key(), run, inception))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause if isinstance(error.cause, ValueError | OSError) else error from None
+    return found
+
+
+def _prepare_there(
+    config: SearchConfig, key: str, run: Storage | None, inception: Inception | None
+) -> Reference | None:
+    splits = data.load(config.train.data)
+    if splits.key() != key:
+        raise ValueError("data.name: a node has other images there than this machine; give all nodes the same")
+    device = str(local.default_device())
+    return reference.prepare(splits, config.final, cache_folder(), device, lambda what: None, run, inception)
 
 
 def choose_metric(config: SearchConfig, reference: Reference | None, console: Console) -> Metric:

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from cluster import capacity
+from evaluation.files import parquet_of
 from evaluation.rung import RungScorer
 from evaluation.sampling import Sampler
 from search.config import SearchConfig, UserError
@@ -115,6 +116,8 @@ def _final_stage(
             if extractor is not None:
                 judged = extractor.extract(drawn)
                 kept = (judged.features.nbytes + judged.probabilities.nbytes) // len(drawn)
+            if config.final.keep_images:
+                kept += len(parquet_of(drawn, 0)) // len(drawn)
 
         return draw
 

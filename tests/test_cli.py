@@ -381,6 +381,14 @@ def test_a_place_that_may_not_be_read_is_one_message(tmp_path, verb):
     assert str(locked) in found.stderr
 
 
+@pytest.mark.parametrize("verb", [("export", "runs/mine"), ("sample", "x"), ("train", "digits")])
+def test_an_address_where_a_folder_of_this_machine_is_wanted_is_refused(command, tmp_path, verb):
+    """It would become a folder `s3:` beside the user's own."""
+    result = command(*verb, "--out", "s3://bucket/x")
+    refused(result, "s3:/bucket/x is an address")
+    assert not (tmp_path / "s3:").exists()
+
+
 def test_a_home_in_an_option_is_the_user_s(command, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()

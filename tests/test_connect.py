@@ -86,6 +86,11 @@ def test_what_nodes_are_sent_is_the_code_and_little_more():
     assert sum(file.stat().st_size for file in files) < 1_000_000
 
 
+def test_a_ray_client_s_address_is_refused_with_what_to_do():
+    with pytest.raises(connect.ConnectError, match="--address auto"), connect.connected("ray://127.0.0.1:10001"):
+        pass
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379"])
 def test_an_address_where_nothing_answers_is_refused_at_once(address):
     with pytest.raises(connect.ConnectError, match="leave --address out"), connect.connected(address):

@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -100,6 +101,19 @@ def test_extraction_does_not_depend_on_the_batch_size(digits_classifier):
     whole, pieces = digits_classifier.extract(images, 360), digits_classifier.extract(torch.as_tensor(images), 7)
     np.testing.assert_allclose(pieces.probabilities, whole.probabilities, atol=1e-6)
     np.testing.assert_allclose(pieces.features, whole.features, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "most"), [(8, 500), (64, 500), (128, 125), (256, 31), (4096, 1)])
+def test_large_images_are_judged_fewer_at_once(untrained, monkeypatch, side, most):
+    """Two GiB at once whatever their size, and not 33."""
+    asked = []
+
+    def noted(images, batch_size, *_):
+        asked.append(batch_size)
+
+    monkeypatch.setattr("evaluation.classifier.extract_with", noted)
+    dataclasses.replace(untrained, image_size=side).extract(np.broadcast_to(np.uint8(0), (2, side, side, 1)))
+    assert asked == [most]
 
 
 def test_training_depends_on_the_seed_and_leaves_the_callers_random_numbers(untrained):

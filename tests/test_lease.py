@@ -157,6 +157,7 @@ def test_the_report_that_evaluate_writes_is_written_under_the_lease_and_a_full_d
     local = connect.Connection(dashboard="", local=True)
     monkeypatch.setattr(pipeline.connect, "connected", lambda _: contextlib.nullcontext(local))
     monkeypatch.setattr(pipeline, "_with_room", lambda *_: None)
+    monkeypatch.setattr(pipeline, "check_same_images", lambda *_: None)
     monkeypatch.setattr(pipeline, "_prepare", lambda config, *_, **__: (config, object(), None, None))
     monkeypatch.setattr(pipeline, "evaluate", lambda *_: None)
     monkeypatch.setattr(pipeline, "finish", finish)

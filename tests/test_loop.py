@@ -231,6 +231,14 @@ def test_a_score_that_is_no_number_is_none():
     assert metrics["ema_objectives"] == {"0.5": None, "0.9": None}
 
 
+def test_a_training_is_not_resumed_with_another_number_of_images():
+    taken = record(TINY, rungs=[1])
+    begun = Checkpoint(taken["metas"][3], taken["states"][3])
+    for other in (toy_images(12), toy_images(40)):
+        with pytest.raises(loop.TrainingFailedError, match=f"{len(other)} training images by now, but .* began with"):
+            record(TINY, resume=begun, images=other)
+
+
 def test_a_resumed_training_knows_the_last_loss_of_the_one_before():
     taken = record(TINY, rungs=[1])
     advance = TrainStep(TINY, toy_images(), CPU)

@@ -53,6 +53,16 @@ def test_a_class_of_broken_images_alone_is_no_class_of_the_judge(tmp_path, monke
     assert judge.accuracy == 1.0
 
 
+def test_classes_of_one_image_each_are_refused_with_a_remedy(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDPM_SEARCH_CACHE", str(tmp_path / "cache"))
+    for i in range(20):
+        (tmp_path / "images" / f"{i}").mkdir(parents=True)
+        Image.fromarray(np.full((8, 8), 9 * i, np.uint8)).save(tmp_path / "images" / f"{i}" / "0.png")
+    splits = data.load(DataConfig(name=f"folder:{tmp_path}/images", train_fraction=0.5))
+    with pytest.raises(ValueError, match=r"more images of each class, or set train.data.labels to false"):
+        reference.prepare(splits, FinalStageConfig(), tmp_path / "cache", "cpu", lambda what: None)
+
+
 @pytest.mark.parametrize(("share", "what"), [(0.99, "held out"), (0.01, "to train on")])
 def test_a_single_image_to_judge_by_is_refused_with_a_remedy(tmp_path, monkeypatch, share, what):
     monkeypatch.setenv("DDPM_SEARCH_CACHE", str(tmp_path / "cache"))

@@ -71,8 +71,15 @@ def train(
     if resume is not None:
         advance.load(resume.state, updates=resume.meta["step"])
         meta = {name: resume.meta.get(name, value) for name, value in meta.items()}  # an older one lacks some
+        if "images" in resume.meta:
+            meta["images"] = resume.meta["images"]
         losses, norms = resume.state["losses"], resume.state["norms"]
     meta |= {"image_shape": images.shape, "config": config.model_dump(mode="json")}
+    if (before := meta.setdefault("images", num_images)) != num_images:
+        raise TrainingFailedError(
+            f"the data has {num_images} training images by now, but the training began with {before}; put them back, "
+            "or begin another"
+        )
     reported_at = time.monotonic()
 
     def hand_over(metrics: Metrics) -> None:

@@ -12,6 +12,7 @@ import ray.train.torch
 import torch
 from ray.train import CheckpointUploadMode
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
 from ray.train.v2.api.callback import UserCallback
 
 from trainer import checkpoint, data, loop
@@ -33,6 +34,15 @@ GAVE_UP = "gave_up.json"  # beside the checkpoints: the report of a worker whose
 # Ray 2.60 looks at which nodes there are every 20 s. A group that it starts before it knows of a loss finds no place
 # for all its workers, gives up after this long, and is started again with as many as there is place for.
 ELASTIC_START_SECONDS = 30
+# Elastic groups start in places that are reserved for their controller. One that a search stops dies without giving its
+# places back: the next trial waits until they expire, after 180 s where Ray has its way. Read where controllers run,
+# which import this module with their callbacks.
+autoscaling_coordinator_client.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = 40
+autoscaling_coordinator_client.AUTOSCALING_REQUESTS_INTERVAL_S = 10
+
+
+class _Imports(UserCallback):
+    """Does nothing; it brings this module into the controller."""
 
 
 def fit(
@@ -79,7 +89,7 @@ def fit(
                 name=name,
                 storage_path=run.at("train").root,
                 storage_filesystem=run.fs,
-                callbacks=list(callbacks),
+                callbacks=[_Imports(), *callbacks],
                 failure_config=ray.train.FailureConfig(
                     max_failures=MAX_WORKER_FAILURES, controller_failure_limit=10 if elastic else 3
                 ),
