@@ -64,12 +64,14 @@ def check_same_images(run: Storage, splits: Splits) -> None:
     Raises UserError where they are others by now.
     """
     now = {"train": len(splits.train), "held_out": len(splits.held_out), "key": splits.key()}
-    if not run.exists(IMAGES):
+    try:
+        began = run.read_json(IMAGES)
+        others = f"{began['train']:,} and {began['held_out']:,} then"
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a new run, or a damaged file
         run.write_json(IMAGES, now)
         return
-    began = run.read_json(IMAGES)
     if began != now:
-        others = f"{now['train']:,} and {now['held_out']:,} by now, {began['train']:,} and {began['held_out']:,} then"
+        others = f"{now['train']:,} and {now['held_out']:,} by now, {others}"
         raise UserError(
             f"the images of {splits.config.name} are not those that {run.uri} began with (to train on and held out: "
             f"{others}), so that nothing new compares with what it has; put them back, or begin another run. Where "

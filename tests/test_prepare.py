@@ -41,6 +41,11 @@ def test_a_run_is_pinned_to_the_images_that_it_began_with(tmp_path, monkeypatch)
         prepare.check_same_images(run, splits())
     Image.fromarray(np.full((8, 8), 7, np.uint8)).save(folder / "7.png")
     prepare.check_same_images(run, splits())
+    whole = run.read(prepare.IMAGES)
+    for damaged in (b"", b"[1]", b'{"train": 16}'):
+        run.write(prepare.IMAGES, damaged)
+        prepare.check_same_images(run, splits())
+        assert run.read(prepare.IMAGES) == whole
 
 
 @pytest.mark.slow
