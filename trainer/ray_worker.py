@@ -66,6 +66,9 @@ def fit(
     elastic = config.min_workers is not None and config.min_workers < config.workers
     if elastic:
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(ELASTIC_START_SECONDS)
+    # At a report the others wait for the first, which scores the rung: as long as in a step, where that is longer.
+    waits = float(os.environ.get("RAY_TRAIN_COLLECTIVE_TIMEOUT_S", "0"))
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(max(waits, config.hang_seconds))
     while True:
         # It names checkpoints of rungs that are deleted since, and Ray Train would refuse to start.
         run.at("train", name).delete(RAY_S_OWN)
