@@ -148,8 +148,16 @@ def _prepare_there(
     splits = data.load(config.train.data)
     if splits.key() != key:
         raise ValueError("data.name: a node has other images there than this machine; give all nodes the same")
-    device = str(local.default_device())
-    return reference.prepare(splits, config.final, cache_folder(), device, lambda what: None, run, inception)
+
+    def prepare(device: str) -> Reference | None:
+        return reference.prepare(splits, config.final, cache_folder(), device, lambda what: None, run, inception)
+
+    try:
+        return prepare(str(local.default_device()))
+    except RuntimeError as error:
+        if not (failures.is_out_of_memory(error) or failures.is_fault_of_gpu(error)):
+            raise
+    return prepare("cpu")  # others have the GPU's memory
 
 
 def choose_metric(config: SearchConfig, reference: Reference | None, console: Console) -> Metric:

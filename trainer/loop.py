@@ -66,19 +66,17 @@ def train(
     with explained(config, worker):
         advance = TrainStep(config, images, worker)
     meta: dict[str, Any] = {"step": 0, "epoch": 0, "worker_seconds": 0.0, "last_loss": None, "rungs": []}
-    meta["ema_decay"] = config.ema_decays[0]
+    meta |= {"ema_decay": config.ema_decays[0], "images": num_images}
     losses = norms = torch.zeros(0)
     if resume is not None:
         advance.load(resume.state, updates=resume.meta["step"])
         meta = {name: resume.meta.get(name, value) for name, value in meta.items()}  # an older one lacks some
-        if "images" in resume.meta:
-            meta["images"] = resume.meta["images"]
         losses, norms = resume.state["losses"], resume.state["norms"]
     meta |= {"image_shape": images.shape, "config": config.model_dump(mode="json")}
-    if (before := meta.setdefault("images", num_images)) != num_images:
+    if meta["images"] != num_images:
         raise TrainingFailedError(
-            f"the data has {num_images} training images by now, but the training began with {before}; put them back, "
-            "or begin another"
+            f"the data has {num_images} training images by now, but the training began with {meta['images']}; put them "
+            "back, or begin another"
         )
     reported_at = time.monotonic()
 
