@@ -8,21 +8,22 @@ bootstrap over trials. Use: choose `final.sampler.steps`, `final.images` and the
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 from rich.console import Console
-from rich.progress import track
+from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from scipy.stats import kendalltau
 
 from benchmarks.common import provenance, write
-from evaluation import ranking_file, reference
+from evaluation import ranking_file, reference, stage
 from evaluation.config import FinalStageConfig
 from evaluation.reference import Reference
-from evaluation.shards import Candidate, is_done, shards_of
-from evaluation.stage import ShardWorker
+from evaluation.shards import Candidate
 from search.prepare import preflight
 from search.runs import open_run
 from trainer.data_cache import cache_folder
@@ -36,12 +37,17 @@ MIN_TRIALS = 8
 def values(
     run: Storage, candidates: list[Candidate], final: FinalStageConfig, judge: Reference, what: str
 ) -> dict[str, np.ndarray]:
-    """The score and the Fréchet distance of every candidate, (trials,) each, drawn in this process."""
-    worker = ShardWorker(run, final, str(default_device()))
-    shards = [shard for candidate in candidates for shard in shards_of(run, candidate, final, judge)]
-    for shard in track([shard for shard in shards if not is_done(run, shard, final)], description=what):
-        if reason := worker.work(shard, judge.extractor):
-            raise SystemExit(f"{shard.candidate.trial} cannot be ranked: {reason}")
+    """The score and the Fréchet distance of every candidate, (trials,) each, drawn over all of this machine."""
+    use_gpu = default_device().type == "cuda"
+    workers = int(ray.cluster_resources()["GPU" if use_gpu else "CPU"])
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as shown:
+        bar = shown.add_task(what)
+        reasons = stage.draw(
+            *(run, candidates, final, judge, workers, use_gpu),
+            progress=lambda done, total: shown.update(bar, completed=done, total=total),
+        )
+    for trial, reason in reasons.items():
+        raise SystemExit(f"{trial} cannot be ranked: {reason}")
     rows = {row["trial"]: row for row in ranking_file.ranking(run, candidates, final, judge, {})["trials"]}
     ordered = [rows[candidate.trial] for candidate in candidates]
     return {
@@ -76,6 +82,9 @@ def main() -> None:
     judge = reference.prepare(splits, config.final, cache_folder(), str(default_device()), console.print)
     if judge is None:
         raise SystemExit("nothing can judge these images: the data has no labels, so give final.inception_weights")
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(include_dashboard=False, log_to_driver=False)
 
     def measured(steps: int, images: int) -> dict[str, np.ndarray]:
         sampler = config.final.sampler.model_copy(update={"steps": steps})
