@@ -125,8 +125,11 @@ def with_room(
     say: Callable[[str], None],
     timeout_s: float = NODES_SECONDS,
     look: Callable[[], Capacity] = read,
+    use_gpu: bool = False,
 ) -> Capacity:
     """The cluster once a trial of that `room`, as `place` takes it, fits: its nodes may still be starting.
+
+    use_gpu: it has to have a GPU, since what was done so far was done on one.
 
     Raises NoRoomError where none does after so long, and whatever else `place` refuses at once.
     """
@@ -134,6 +137,8 @@ def with_room(
     while True:
         cluster = look()
         try:
+            if use_gpu and not cluster.use_gpu:
+                raise NoRoomError("the cluster has no GPU by now, and had one when this began")
             cluster.place(*room)
         except NoRoomError as error:
             if time.monotonic() >= end:

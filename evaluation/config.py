@@ -52,9 +52,13 @@ class FinalStageConfig(Config):
     split_size: int = Field(5_000, ge=3, description="images a split of the score")
     sampler: SamplerConfig = SamplerConfig()
     extractor: Literal["auto", "classifier", "inception"] = Field(
-        "auto", description="auto: inception where its weights are given or there are no labels, else the classifier"
+        "auto",
+        description="auto: inception where its weights are given, or lie in torch's cache and there are no labels, "
+        "else the classifier, where there are labels",
     )
-    inception_weights: str | None = Field(None, description="path of torch-fidelity's weights; None downloads them")
+    inception_weights: str | None = Field(
+        None, description="path of torch-fidelity's weights; None: torch's cache, into which inception downloads them"
+    )
     weights: Weights = Field("ema", description="raw: as trained, without the moving average")
     keep_images: bool = Field(False, description="keep every image, in Parquet files beside its features")
     confirm: ConfirmConfig = ConfirmConfig()

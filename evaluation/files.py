@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.pictures import save_grid_png
-from trainer.datasets import IMAGE_SUFFIXES
+from trainer.datasets import IMAGE_SUFFIXES, files_below
 from trainer.decode import decode
 
 
@@ -51,7 +51,7 @@ def read_images(path: Path) -> np.ndarray:
         tables = sorted(path.glob("*.parquet"))
         if tables:
             return _stack([content for table in tables for content in _encoded(table)], path)
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        files = sorted(files_below(path, IMAGE_SUFFIXES))
         if len({file.parent for file in files}) > 1:  # classes as a rule, and a score's splits are contiguous
             files = [files[index] for index in np.random.default_rng(0).permutation(len(files))]
         return _stack([p.read_bytes() for p in files], path)

@@ -178,4 +178,5 @@ def rung_scorer(
         images=images,
         sampler=sampler,
         metric=metric,
+        key=splits.key(),
     )

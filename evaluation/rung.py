@@ -34,7 +34,7 @@ class RungScorer:
     """Scores an EMA model: the same noise, sampler and number of images for every trial.
 
     extractor and reference (of the training images) are None where nothing can judge images: then the grid loss alone
-    is measured. probe: (M, H, W, C) uint8 held-out images for the grid loss.
+    is measured. probe: (M, H, W, C) uint8 held-out images for the grid loss. key: of the splits that all is made of.
     """
 
     extractor: Extractor | None
@@ -43,6 +43,7 @@ class RungScorer:
     images: int
     sampler: SamplerConfig
     metric: Metric = "frechet"
+    key: str | None = None
 
     def __call__(self, denoiser: nn.Module, config: TrainConfig, device: torch.device) -> dict[str, Any]:
         """frechet, score, grid_loss; `samples`, (H, W, C) uint8, a picture of the first; `objective`, to be small.

@@ -17,11 +17,9 @@ from evaluation.shards import Candidate
 from search import budget, tuner
 from search.config import SearchConfig
 from search.interrupt import Interrupt
-from search.records import OPEN, Records, Row
+from search.records import NOT_CHOSEN, Records, Row
 from search.runs import CONFIRM, confirmations
 from trainer.storage import Storage
-
-NOT_CHOSEN = "not among those that the newest ranking confirms"
 
 
 def train_again(
@@ -74,10 +72,11 @@ def plan(config: SearchConfig, run: Storage, chosen: Sequence[Row]) -> tuple[Rec
                 own[name] = seed
                 records.add(Row(trial=name, source="suggested", seed=seed, state="waiting", **row.params()))
         parents |= dict.fromkeys(own, row.trial)
-    for again in records:  # a ranking by other settings chose, or an interruption came before it was done
-        if again.trial in parents and again.reason == NOT_CHOSEN:
+    for again in records:
+        # Another ranking did not choose it, or the budget, which may have been raised, ended before it did.
+        if again.trial in parents and again.state == "stopped":
             records.update(again.trial, state="waiting", reason=None)
-        elif again.trial not in parents and not _done(again):
+        elif again.trial not in parents and not _done(again) and again.reason != NOT_CHOSEN:
             records.update(again.trial, state="stopped", reason=NOT_CHOSEN)
     to_the_end = config.early_stopping.model_copy(update={"scheduler": "none"})
     # The name is what Optuna's study, Ray's dashboard and Prometheus tell the two searches apart by.
@@ -91,7 +90,7 @@ def plan(config: SearchConfig, run: Storage, chosen: Sequence[Row]) -> tuple[Rec
 
 
 def _done(again: Row) -> bool:
-    return again.state not in OPEN and again.reason != NOT_CHOSEN
+    return again.state in ("completed", "failed")
 
 
 def new_seed(first: int, trial: str) -> int:
@@ -101,7 +100,7 @@ def new_seed(first: int, trial: str) -> int:
 
 def all_rows(run: Storage, records: Iterable[Row]) -> list[Row]:
     """The rows of a search and those that confirmed it, whose checkpoints' paths are made ones below the run."""
-    confirming = Records.load(run.at(CONFIRM))
+    confirming = (row for _, row in confirmations(run))
     return [
         *records,
         *(dataclasses.replace(r, checkpoint=r.checkpoint and f"{CONFIRM}/{r.checkpoint}") for r in confirming),

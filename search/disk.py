@@ -10,16 +10,16 @@ import torch
 
 from search.config import SearchConfig, UserError
 from search.interrupt import resume_command
-from search.records import ENDED, Row
+from search.records import ENDED, NOT_CHOSEN, Row
 from trainer import checkpoint, model
 from trainer.storage import Storage
 
-OF_A_RUNNING_TRIAL = 4  # checkpoints: the last rung's, the two newest, and one that is being written
+OF_A_RUNNING_TRIAL = 5  # checkpoints: the last two rungs', the two newest, and one that is being written
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def disk_bytes(config: SearchConfig, checkpoint_bytes: int, at_once: int) -> int:
-    """Of checkpoints, at most: one of each trial that has ended, confirmations too, four of each that runs."""
+    """Of checkpoints, at most: one of each trial that has ended, confirmations too, five of each that runs."""
     running = min(at_once, config.trials)
     return checkpoint_bytes * (config.trials + config.confirmations + running * (OF_A_RUNNING_TRIAL - 1))
 
@@ -67,7 +67,7 @@ def keep_what_is_asked_for(run: Storage, row: Row) -> None:
     """Deletes the checkpoints of a trial that has ended, but the one that ranking and export take, if there is one."""
     folder = f"train/{row.trial}"
     names = [f"{folder}/{name}" for name in checkpoint.names(run.at(folder))]
-    if row.state in ENDED and (row.checkpoint is None or row.checkpoint in names):
+    if row.state in ENDED and row.reason != NOT_CHOSEN and (row.checkpoint is None or row.checkpoint in names):
         for name in names:
             if name != row.checkpoint:
                 run.delete(name)

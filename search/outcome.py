@@ -72,6 +72,8 @@ def export_trial(
     entries = ranked["trials"] if ranked else []
     named = ((entry, {own["trial"] for own in entry.get("trainings") or ()}) for entry in entries)
     entry = next((entry for entry, names in named if trial == entry["trial"] or trial in names), None)
+    if entry and trial == (entry.get("best_training") or entry["trial"]) and entry.get("checkpoint") != row.checkpoint:
+        entry = None  # it has trained on since it was ranked
     weights = weights or (ranked or {}).get("weights", config.final.weights)
     text = card.model_card(config.name, vars(row), found, ranked, entry, weights, torch_export)
     provenance = {"run": config.name, "trial": trial, "checkpoint": row.checkpoint, "weights": weights}
@@ -82,16 +84,20 @@ def export_trial(
         sampler = SamplerConfig.model_validate(ranked["sampler"]) if ranked else config.final.sampler
         export.export_pipeline(found, folder, sampler, text, provenance, weights, torch_export)
         images = _ranked_images(run, ranked, trial, row.checkpoint, weights)
-        if images is None:
-            images = _drawn_here(folder, sampler, console)
-        pictures.save_grid_png(picture, images)
+        try:
+            images = _drawn_here(folder, sampler, console) if images is None else images
+            pictures.save_grid_png(picture, images)
+        except FloatingPointError as error:
+            console.print(f"No samples: {error}")
+            picture.unlink(missing_ok=True)
         if out is None and not run.is_local:
             for file in (*folder.rglob("*"), picture):
                 if file.is_file():
                     run.write(str(file.relative_to(scratch)), file.read_bytes())
     where = str(out) if out else run.at("export").uri
     console.print(f"Export:   {where}  (trial {trial}; diffusers.DDPMPipeline.from_pretrained loads it)")
-    console.print(f"Samples:  {out / 'samples.png' if out else run.at('samples.png').uri}")
+    if images is not None:
+        console.print(f"Samples:  {out / 'samples.png' if out else run.at('samples.png').uri}")
 
 
 def _ranked_images(

@@ -18,11 +18,11 @@ from evaluation.reference import EXTRACTOR, Reference, rung_scorer
 from evaluation.report_words import count
 from evaluation.rung import RungScorer
 from evaluation.shards import Candidate
-from search import budget, confirm, disk, lease, plan, tables, trial_cost, tuner, watch
+from search import began, budget, confirm, disk, lease, plan, tables, trial_cost, tuner, watch
 from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt, resume_command
 from search.outcome import REPORT, finish, versions
-from search.prepare import IMAGES, check_same_images, check_shared, choose_metric, reference_of
+from search.prepare import check_nodes_have_the_images, check_shared, choose_metric, reference_of
 from search.records import Records
 from search.runs import CONFIG, RANKING, read_ranking
 from trainer import data
@@ -56,7 +56,7 @@ def given_up_where_refused(run: Storage) -> Iterator[None]:
         raise  # it is another's
     except Exception:
         if not len(Records.load(run)):
-            for name in (CONFIG, IMAGES, tuner.JOURNAL, budget.FILE, "tune", EXTRACTOR):
+            for name in (CONFIG, began.FILE, tuner.JOURNAL, budget.FILE, "tune", EXTRACTOR):
                 run.delete(name)
         raise
 
@@ -88,14 +88,16 @@ def dry_run(
 
 
 def _with_room(
-    room: tuple[int, int, int | None], connection: connect.Connection, console: Console
+    room: tuple[int, int, int | None], connection: connect.Connection, console: Console, use_gpu: bool = False
 ) -> capacity.Capacity:
-    """The cluster, whose nodes may have come since the last look, or may still be starting.
+    """The cluster, whose nodes may have come since the last look, or may still be starting. use_gpu: one has a GPU.
 
     Raises UserError where not one trial fits, and ConnectError where a node has other versions.
     """
     try:
-        cluster = capacity.with_room(room, console.print, 0 if connection.local else capacity.NODES_SECONDS)
+        cluster = capacity.with_room(
+            room, console.print, 0 if connection.local else capacity.NODES_SECONDS, use_gpu=use_gpu
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
     if not connection.local:
@@ -135,7 +137,7 @@ def go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, 
 
 
 def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None, console: Console) -> None:
-    check_same_images(run, splits)
+    began.check_images(run, splits)
     records = Records.load(run)
     allowed = budget.Budget(config.budget, run, records)
     with connect.connected(address) as connection, Interrupt().handled() as interrupt:
@@ -147,8 +149,13 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
             check_shared(run)
         left = tuner.trials_left(config, records)
         trains = bool(left or config.confirmations)
+        if trains:
+            began.check_training(run, records, config)
+            if not connection.local:
+                check_nodes_have_the_images(splits, console)
         config, reference, scorer, placement = _prepare(config, splits, cluster, console, run, trains)
         if left:
+            began.check_judge(run, records, config, scorer.metric, reference)
             at_once = placement.at_once
             needed = disk.disk_bytes(config, disk.expected_checkpoint_bytes(config, splits.train.shape), at_once)
             if not len(records) and (warning := disk.shortage(needed, run)):
@@ -166,7 +173,7 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         if reference is None:
             console.print("No final stage: the data has no labels, and final.inception_weights is not given.")
         else:
-            evaluate(config, run, records, reference, scorer, connection, console, interrupt)
+            evaluate(config, run, records, reference, scorer, connection, console, interrupt, cluster.use_gpu)
     finish(config, run, records, splits, console)
     if reference is not None:
         check_ranked(run)
@@ -190,8 +197,12 @@ def evaluate(
     connection: connect.Connection,
     console: Console,
     interrupt: Interrupt,
+    use_gpu: bool,
 ) -> None:
-    """The final stage and ranking.json, where any trial came to a checkpoint."""
+    """The final stage and ranking.json, where any trial came to a checkpoint.
+
+    use_gpu: the cluster had a GPU so far. CPUs would draw other noise, and all of it once more.
+    """
     candidates, notes = _candidates(config, records), {}
     if not candidates:
         return
@@ -199,7 +210,8 @@ def evaluate(
     def ranking() -> dict[str, Any]:
         drawn = [candidate for candidate in candidates if candidate.trial not in notes]
         what = f"Drawing {config.final.images:,} images of each of {count(len(drawn), 'trial')}"
-        cluster = _with_room((1, 1, None), connection, console)  # nodes may have come and gone since the search began
+        # Nodes may have come and gone since the search began.
+        cluster = _with_room((1, 1, None), connection, console, use_gpu)
         with watch.progress_bar(console, what) as progress:
             slots, memory = sum(cluster.slots()), cluster.worker().get("memory", 0)
             sampler = config.final.sampler.on("cuda" if cluster.use_gpu else "cpu")
@@ -213,7 +225,7 @@ def evaluate(
     result = ranking()
     best = [row["trial"] for row in result["trials"] if row["rank"]][: config.final.confirm.top]
     if best:
-        placement = _with_room(config.room, connection, console).place(*config.room)
+        placement = _with_room(config.room, connection, console, use_gpu).place(*config.room)
         chosen = [records[trial] for trial in best]
         confirming, failed = confirm.train_again(config, run, records, chosen, scorer, placement, console, interrupt)
         candidates += confirming
@@ -241,7 +253,7 @@ def evaluate_again(
     The run's own configuration stays what it was: `resume` ranks by that again.
     """
     with disk.full_disk_said(run), lease.held(run):
-        check_same_images(run, splits)
+        began.check_images(run, splits)
         records = Records.load(run)
         with connect.connected(address) as connection, Interrupt().handled() as interrupt:
             cluster = _with_room(config.room, connection, console)
@@ -254,7 +266,7 @@ def evaluate_again(
                     "nothing can judge these images: the data has no labels, so give final.inception_weights in "
                     f"{run.at(CONFIG).uri}"
                 )
-            evaluate(asked, run, records, reference, scorer, connection, console, interrupt)
+            evaluate(asked, run, records, reference, scorer, connection, console, interrupt, cluster.use_gpu)
         finish(config, run, records, splits, console)
         check_ranked(run)
 

@@ -9,6 +9,7 @@ from evaluation import reference
 from evaluation.config import Metric
 from evaluation.inception import Inception
 from evaluation.reference import Reference
+from evaluation.report_words import count
 from search import samplers, watch
 from search.config import SearchConfig, UserError
 from search.runs import CONFIG
@@ -18,7 +19,7 @@ from trainer.data import Splits
 from trainer.data_cache import cache_folder
 from trainer.storage import Storage
 
-IMAGES = "images.json"  # which images a run is of: {train, held_out: how many, key: of their pixels and labels}
+DECODE_SECONDS = 6 * 3600  # that a node may take to decode its images
 
 
 def preflight(config: SearchConfig, console: Console) -> Splits:
@@ -58,25 +59,18 @@ def check_shared(run: Storage) -> None:
         )
 
 
-def check_same_images(run: Storage, splits: Splits) -> None:
-    """Pins a run to the images that it begins with: its trials' values, and what judges them, are of these alone.
+def check_nodes_have_the_images(splits: Splits, console: Console) -> None:
+    """Raises UserError where a node that may train has others; those that have not decoded them yet do it now."""
+    from cluster import nodes
 
-    Raises UserError where they are others by now.
-    """
-    now = {"train": len(splits.train), "held_out": len(splits.held_out), "key": splits.key()}
-    try:
-        began = run.read_json(IMAGES)
-        others = f"{began['train']:,} and {began['held_out']:,} then"
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a new run, or a damaged file
-        run.write_json(IMAGES, now)
-        return
-    if began != now:
-        others = f"{now['train']:,} and {now['held_out']:,} by now, {others}"
-        raise UserError(
-            f"the images of {splits.config.name} are not those that {run.uri} began with (to train on and held out: "
-            f"{others}), so that nothing new compares with what it has; put them back, or begin another run. Where "
-            f"they are the same and only read otherwise (another Pillow), delete {run.uri}/{IMAGES}"
-        )
+    living = nodes.living()
+    training = [node for node in living if node.gpus] or living
+    with console.status(f"reading the images on {count(len(training), 'node')}"):
+        config, key = splits.config, splits.key()
+        found = nodes.on_each(training, lambda: data.load_same(config, key) and None, timeout_s=DECODE_SECONDS)
+    for node, error in zip(training, found, strict=True):
+        if isinstance(error, ValueError | OSError):
+            raise UserError(f"on node {node.name}: train.{error}")
 
 
 def _check_fits(training: TrainConfig, where: str, splits: Splits) -> None:

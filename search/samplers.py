@@ -120,7 +120,7 @@ def make(config: SearchConfig, drawn: int) -> BaseSampler:
 
 
 def take_up(study: optuna.Study) -> None:
-    """Lets a sampler that ends a study when all is tried see what an earlier driver has tried."""
+    """Lets a sampler that ends a study when all was tried see that all was, or is being tried."""
     if isinstance(study.sampler, optuna.samplers.BruteForceSampler):
         for last in study.get_trials(deepcopy=False)[-1:]:
             study.sampler.after_trial(study, last, last.state, last.values)

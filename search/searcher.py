@@ -12,13 +12,12 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from evaluation.analysis import NOT_RESUMED
-from search import samplers, space
+from search import samplers, space, study
 from search.budget import Budget
 from search.config import SearchConfig, UserError
 from search.driver_only import DriverOnly
 from search.records import OPEN, Records, Row
 from search.reuse import reused
-from search.study import ShortMemory
 
 MAX_UNTRAINED_IN_A_ROW = 200  # screened and reused ones: then there is nothing new to be found in the space
 UNTRAINED = ("screened", "reused")
@@ -33,6 +32,7 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
     so is a screened one: TPE would take PRUNED ones without a value for the best there are until others have one. A
     reused one is told what became of the trial that it equals, once that has ended. `ended` says why nothing more is
     trained, `exhausted` why nothing more is suggested, where that is so: what was begun is then trained all the same.
+    old_rows: how many there were when the space became what it is: that those held nothing new says nothing of it.
     """
 
     def __init__(
@@ -42,8 +42,10 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         records: Records,
         storage: optuna.storages.BaseStorage | None,
         budget: Budget | None = None,
+        old_rows: int = 0,
     ):
         self.config, self.metric_name, self.records, self.budget = config, metric, records, budget
+        self._old_rows = old_rows
         # A resumed search must not draw again what it drew before; a fresh one depends on the seed alone.
         sampler = samplers.make(config, drawn=len(records))
         super().__init__(
@@ -53,7 +55,7 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
             sampler=sampler,
             study_name=config.name,
             # Others need all: a grid ends when every point of it was tried.
-            storage=ShortMemory() if isinstance(sampler, TPESampler) else InMemoryStorage(),
+            storage=study.ShortMemory() if isinstance(sampler, TPESampler) else InMemoryStorage(),
         )
         # Ended trials are copied: a study that lived in a journal would write ten lines a trial, each with a sync.
         self._copy = optuna.create_study(
@@ -65,8 +67,8 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         self._ot_study.stop = self._exhausted  # what grids call, and Optuna allows in its own loop only
         self._keys: dict[str, str] = {}  # Tune's trial id → our stable key
         self._unfinished: list[Row] = []
-        known_rows = [row for row in records if row.source == "known"]
-        self._known = list(config.known_points[len(known_rows) :])
+        tried = [space.params_of(vars(row)) for row in records if row.source == "known"]
+        self._known = [point for point in config.known_points if space.known_params(config, point) not in tried]
         for trial in dict.fromkeys(row.same_as for row in records if row.same_as):
             if records[trial].state == "failed":  # the driver died before it could see to them
                 self._settle(trial)
@@ -94,6 +96,9 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
                 params, known = space.known_params(self.config, self._known.pop(0)), True
                 self._ask(trial_id, params)
             else:
+                samplers.take_up(self._ot_study)
+                if self.exhausted:
+                    break
                 suggested, known = super().suggest(trial_id), False
                 assert suggested is not None
                 params = suggested
@@ -124,7 +129,8 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
             if all(row.state in UNTRAINED for row in self.records):
                 raise UserError(
                     f"{MAX_UNTRAINED_IN_A_ROW} configurations in a row failed the screen, the last because: "
-                    f"{list(self.records)[-1].reason}; narrow space.families to schedules that reach pure noise"
+                    f"{list(self.records)[-1].reason}; narrow space.families in the run's config.yaml to "
+                    "schedules that reach pure noise, and resume it, or begin another run"
                 )
             self.exhausted = f"the last {MAX_UNTRAINED_IN_A_ROW} suggestions held nothing new to train"
         if self.ended:
@@ -183,7 +189,8 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         self.exhausted = f"{self.config.searcher.name} has suggested all there is"
 
     def _untrained_in_a_row(self) -> int:
-        return sum(1 for _ in takewhile(lambda row: row.state in UNTRAINED, reversed(list(self.records))))
+        new = list(self.records)[self._old_rows :]
+        return sum(1 for _ in takewhile(lambda row: row.state in UNTRAINED, reversed(new)))
 
     def _outcome(self, row: Row) -> Row:
         """The row that says what came of this one: the trial that was trained for it, where it was reused."""
@@ -201,11 +208,10 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         if ot_trial is None:  # outside the space, or suggested by an earlier driver
             self._remember(row)
             return
-        row = self._outcome(row)
-        for step, value in self._values(row).items():
+        state, final, values = study.told(self._outcome(row), self.metric_name)
+        for step, value in values.items():
             ot_trial.report(value, step)
-        state = self._state(row)
-        self._note(self._ot_study.tell(ot_trial, self._final(row), state=state))
+        self._note(self._ot_study.tell(ot_trial, final, state=state))
 
     def _note(self, trial: optuna.trial.FrozenTrial) -> None:
         """Copies a trial. Where the disk refuses a line, which may be half there, the rest is left to who mends it."""
@@ -250,30 +256,14 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         if not space.contains(self.config, params):
             return
         searched = space.distributions(self.config, row.family)
-        row = self._outcome(row)
-        state, values = self._state(row), list(self._values(row).values())
+        state, final, values = study.told(self._outcome(row), self.metric_name)
         trial = optuna.trial.create_trial(
             state=state,
             # Optuna's tell() gives a pruned trial its last rung's value, which create_trial() leaves to us.
-            value=self._final(row) if state != TrialState.PRUNED else values[-1] if values else None,
+            value=values[max(values)] if state == TrialState.PRUNED else final,
             params={name: params[name] for name in searched},
             distributions=searched,
-            intermediate_values=self._values(row),
+            intermediate_values=values,
         )
         self._ot_study.add_trial(trial)
         self._note(trial)
-
-    def _values(self, row: Row) -> dict[int, float]:
-        """Epoch → value of the metric, for the rungs that have one."""
-        rungs = {rung["epoch"]: rung[self.metric_name] for rung in row.rungs}
-        return {epoch: value for epoch, value in rungs.items() if value is not None}
-
-    def _final(self, row: Row) -> float | None:
-        """The value of a completed trial; Optuna takes none of any other."""
-        return self._values(row)[row.rungs[-1]["epoch"]] if self._state(row) == TrialState.COMPLETE else None
-
-    def _state(self, row: Row) -> TrialState:
-        if row.state == "completed" and row.rungs and row.rungs[-1]["epoch"] in self._values(row):
-            return TrialState.COMPLETE
-        # One that was completed and drew no finite images has no value to tell.
-        return TrialState.PRUNED if row.state == "stopped" and self._values(row) else TrialState.FAIL

@@ -1,4 +1,4 @@
-"""Optuna's study in memory, whose samplers see a bounded part of a long search."""
+"""What Optuna is told of trials, and its study in memory, whose samplers see a bounded part of a long search."""
 
 import copy
 from collections.abc import Container
@@ -9,8 +9,21 @@ from optuna.storages import InMemoryStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from search.records import Row
+
 BEST, LATEST = 50, 200  # TPE takes no more than the 25 best for good ones, and weighs the others down by their age
 MOST = 300  # finished trials that are shown, before all but those are forgotten
+
+
+def told(row: Row, metric: str) -> tuple[TrialState, float | None, dict[int, float]]:
+    """(State, value, epoch → value at the rungs that have one) of a trial that has ended; only COMPLETE has a value.
+
+    One that was completed and drew no finite images has none to tell, and is FAIL.
+    """
+    values = {rung["epoch"]: rung[metric] for rung in row.rungs if rung[metric] is not None}
+    if row.state == "completed" and row.rungs and row.rungs[-1]["epoch"] in values:
+        return TrialState.COMPLETE, values[row.rungs[-1]["epoch"]], values
+    return TrialState.PRUNED if row.state == "stopped" and values else TrialState.FAIL, None, values
 
 
 class ShortMemory(InMemoryStorage):

@@ -55,6 +55,7 @@ def in_ray_train(run: Storage, rungs: list[int], worker: dict[str, float]) -> Ca
             score=scorer,
             rungs=rungs,
             callbacks=[RungReportCallback()],
+            images=scorer.key,
             worker=worker,
             strategy=lambda: capacity.read().strategy(training.workers, worker),  # of the nodes that there are by now
         )
@@ -85,7 +86,7 @@ def in_reused_process(run: Storage, rungs: list[int]) -> Callable[..., None]:
         try:
             local.fit(
                 training,
-                data.load(training.data).train,
+                data.load_same(training.data, scorer.key).train,
                 run.at("train", config["trial"]),
                 run.at("tensorboard", config["trial"]),
                 local.default_device(),

@@ -21,7 +21,7 @@ from cluster.capacity import Capacity, Placement
 from cluster.leftovers import Leftovers
 from evaluation.analysis import CUT_SHORT
 from evaluation.rung import RungScorer
-from search import trial
+from search import began, trial
 from search.budget import Budget
 from search.config import SearchConfig
 from search.disk import keep_what_is_asked_for
@@ -121,7 +121,8 @@ def _tune(
     for old in (journal, journal.with_name(f"{JOURNAL}.lock")):
         old.unlink(missing_ok=True)
     storage = JournalStorage(JournalFileBackend(str(journal)))
-    searcher = HonestOptunaSearch(config, metric, records, storage, budget)
+    old_rows = began.rows_of_other_spaces(run, records, config)
+    searcher = HonestOptunaSearch(config, metric, records, storage, budget, old_rows)
     ended = searcher.over()
     tidy(run, records)
     if ended:  # a run that is resumed when there is nothing more to be done

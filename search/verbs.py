@@ -32,7 +32,7 @@ def sample(folder: Path, out: Path, images: int, sampler: SamplerName, steps: in
             drawing = Sampler(denoiser.to(device), betas, shape, settings, device)
             drawn = drawing.images(0, images, lambda done: progress(done, images))
         files.write_images(drawn, out)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise UserError(str(error)) from error
     console.print(f"Written: {out}")
 

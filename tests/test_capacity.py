@@ -153,6 +153,14 @@ def test_nodes_that_start_are_waited_for_and_that_is_said_once(monkeypatch):
     ]
 
 
+def test_what_began_on_a_gpu_waits_for_one(monkeypatch):
+    monkeypatch.setattr(cluster_capacity, "LOOK_SECONDS", 0.0)
+    looks = iter([capacity((4, 0)), capacity((4, 0), (8, 1))])
+    assert with_room((1, 1, None), lambda _: None, look=lambda: next(looks), use_gpu=True).use_gpu
+    with pytest.raises(NoRoomError, match="has no GPU by now"):
+        with_room((1, 1, None), print, timeout_s=0, look=lambda: capacity((4, 0)), use_gpu=True)
+
+
 @pytest.mark.parametrize(("room", "wrong"), [((3, 1, None), NoRoomError), ((3, 2, None), ValueError)])
 def test_a_cluster_that_will_not_do_is_refused_at_the_end_of_the_wait_or_at_once(room, wrong):
     looks = iter([capacity((2, 0))])

@@ -8,10 +8,11 @@ from rich.console import Console
 from cluster.capacity import Placement
 from evaluation.config import ConfirmConfig
 from search import confirm, tuner
-from search.config import SearchConfig
+from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt
 from search.records import Records
 from search.searcher import HonestOptunaSearch
+from trainer import checkpoint
 
 CONFIG = SearchConfig(name="x", trials=2)
 CONFIG = CONFIG.model_copy(update={"final": CONFIG.final.model_copy(update={"confirm": ConfirmConfig(top=1)})})
@@ -87,6 +88,35 @@ def test_what_is_no_longer_asked_for_is_not_trained_and_waits_to_be_chosen_again
     assert trained(CONFIG, [first]) == ["1-cosine-seed2", "1-cosine-seed3"]
     assert trained(more, [first]) == ["1-cosine-seed2", "1-cosine-seed3", "1-cosine-seed4"]
     assert Records.load(records.run.at("confirm"))["t0001-cosine-seed2"].epoch == 3
+
+
+def test_what_the_budget_cut_is_trained_on_where_there_is_one_again(records, row):
+    chosen = [row("t0001-cosine")]
+    again, parents, settings = confirm.plan(CONFIG, records.run, chosen)
+    first, second, third = parents
+    again.update(first, state="completed")
+    again.update(second, state="stopped", reason="the search's share of worker_hours, 0.1 of 0.1, was spent", epoch=3)
+    again.update(third, state="stopped", reason="not resumed: the search's share of worker_hours was spent")
+    table, _, settings = confirm.plan(CONFIG, records.run, chosen)
+    assert tuner.trials_left(settings, table) == 2
+    assert [(one.state, one.reason) for one in table] == [("completed", None), ("waiting", None), ("waiting", None)]
+    assert table[second].epoch == 3
+
+
+def test_what_waits_to_be_chosen_again_keeps_its_checkpoints(records, row):
+    again, _, _ = confirm.plan(CONFIG, records.run, [row("t0001-cosine")])
+    place = records.run.at("confirm")
+    place.write("train/t0001-cosine-seed1/checkpoint_000000040/state.pt", b"x")
+    again.update("t0001-cosine-seed1", state="running", epoch=4)
+    again, _, _ = confirm.plan(CONFIG, records.run, [row("t0002-cosine")])
+    tuner.tidy(place, again)
+    assert checkpoint.names(place.at("train/t0001-cosine-seed1")) == ["checkpoint_000000040"]
+
+
+def test_a_damaged_table_of_confirmations_is_said(records):
+    records.run.write("confirm/trials.parquet", b"PAR1")
+    with pytest.raises(UserError, match=r"confirm/trials\.parquet is damaged"):
+        confirm.all_rows(records.run, records)
 
 
 def test_the_search_that_confirms_is_another_than_the_one_it_confirms(records, row):

@@ -4,6 +4,7 @@ import logging
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from trainer import data, data_cache, ingest
 from trainer.config import DataConfig
@@ -443,6 +444,9 @@ def test_eight_bits_stored_in_thirty_two_are_refused_instead_of_becoming_black(t
     assert shallow.mode == "I"
     message = refusal(name=f"folder:{twice(tmp_path / 'shallow', shallow, '.tif')}", train_fraction=0.5)
     assert "a.tif (its pixels reach from 0 to 252; store it with 8 or 16 bits)" in message
+    sixteen = (np.arange(64, dtype=np.uint16) * 4).reshape(8, 8)
+    message = refusal(name=f"folder:{twice(tmp_path / 'sixteen', sixteen)}", train_fraction=0.5)
+    assert "a.png (its pixels reach from 0 to 252; store it with 8 or 16 bits)" in message
     black = Image.fromarray(np.zeros((8, 8), np.int32))
     assert only(twice(tmp_path / "black", black, ".tif")).max() == 0
 
@@ -459,11 +463,26 @@ def test_transparent_pixels_are_white(tmp_path):
     assert (pixels[:4] == 255).all()
 
 
-def test_image_is_turned_as_its_exif_says(tmp_path):
+@pytest.mark.parametrize("orientation", range(10))  # 0 and 9 are none
+def test_image_is_turned_as_its_exif_says(tmp_path, orientation):
     exif = Image.Exif()
-    exif[0x0112] = 6  # a camera held upright: turn by 90 degrees clockwise
+    exif[0x0112] = orientation
     pixels = noise(0, 6, 8, 3)
-    np.testing.assert_array_equal(only(twice(tmp_path, pixels, exif=exif)), np.rot90(pixels, -1))
+    folder = twice(tmp_path, pixels, exif=exif)
+    with Image.open(folder / "a.png") as file:
+        np.testing.assert_array_equal(only(folder), np.asarray(ImageOps.exif_transpose(file)))
+
+
+def test_a_turned_photograph_may_have_tags_that_pillow_cannot_write(tmp_path):
+    turned = struct.pack(">HHIHH", ExifTags.Base.Orientation, 3, 1, 6, 0)
+    software = struct.pack(">HHIf", ExifTags.Base.Software, 11, 1, 1.5)  # a number, where a text belongs
+    exif = b"Exif\x00\x00MM\x00*" + struct.pack(">IH", 8, 2) + turned + software + bytes(4)
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = 255
+    folder = twice(tmp_path, pixels, ".jpg", exif=exif)
+    with Image.open(folder / "a.jpg") as file, pytest.raises(AttributeError):
+        ImageOps.exif_transpose(file)
+    assert np.abs(only(folder).astype(int) - np.rot90(pixels, -1)).max() < 8
 
 
 def test_non_square_images_keep_their_shape_or_are_cut_at_the_centre(tmp_path):

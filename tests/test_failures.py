@@ -27,11 +27,30 @@ from trainer.failures import (
     WorkerFailedError,
     explained,
     failure_report,
+    images_at_once,
     is_fault_of_gpu,
 )
 
 pytestmark = pytest.mark.slow
 HANG_SECONDS = 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size", "at_once"),
+    [
+        ({}, 4, 64),
+        ({}, 3, 86),
+        ({"min_workers": 1}, 4, 64),
+        ({"min_workers": 1}, 3, 64),
+        ({"min_workers": 1}, 1, 64),
+        ({"min_workers": 1, "micro_batch": 16}, 3, 16),
+        ({"micro_batch": 100}, 4, 64),
+    ],
+)
+def test_workers_that_go_on_without_others_take_no_more_at_once_than_before(settings, world_size, at_once):
+    """Their memory holds no more; the rest of their share of the batch is accumulated."""
+    config = TINY.model_copy(update={"workers": 4, "batch_size": 256} | settings)
+    assert images_at_once(config, Worker(torch.device("cpu"), 0, world_size)) == at_once
 
 
 def out_of_memory(_: int, folder: str) -> None:

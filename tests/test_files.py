@@ -33,6 +33,13 @@ def test_a_folder_s_files_are_those_that_training_reads(tmp_path):
     for suffix in IMAGE_SUFFIXES:
         Image.fromarray(pixels).save(tmp_path / f"image{suffix}")
     assert len(read_images(tmp_path)) == len(IMAGE_SUFFIXES)
+    hidden, linked = tmp_path / ".ipynb_checkpoints", tmp_path.with_name("linked")
+    for folder in (hidden, linked):
+        folder.mkdir()
+        Image.fromarray(pixels).save(folder / "image.png")
+    (tmp_path / "._0.png").write_bytes(b"of macOS")
+    (tmp_path / "link").symlink_to(linked)
+    assert len(read_images(tmp_path)) == len(IMAGE_SUFFIXES) + 1
 
 
 @pytest.mark.parametrize("layout", ["hugging face", "bytes"])

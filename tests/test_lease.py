@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from cluster import connect
+from cluster.capacity import Capacity
 from search import lease, pipeline
 from search.config import UserError
 from search.config_file import load
@@ -156,8 +157,8 @@ def test_the_report_that_evaluate_writes_is_written_under_the_lease_and_a_full_d
 
     local = connect.Connection(dashboard="", local=True)
     monkeypatch.setattr(pipeline.connect, "connected", lambda _: contextlib.nullcontext(local))
-    monkeypatch.setattr(pipeline, "_with_room", lambda *_: None)
-    monkeypatch.setattr(pipeline, "check_same_images", lambda *_: None)
+    monkeypatch.setattr(pipeline, "_with_room", lambda *_: Capacity(()))
+    monkeypatch.setattr(pipeline.began, "check_images", lambda *_: None)
     monkeypatch.setattr(pipeline, "_prepare", lambda config, *_, **__: (config, object(), None, None))
     monkeypatch.setattr(pipeline, "evaluate", lambda *_: None)
     monkeypatch.setattr(pipeline, "finish", finish)

@@ -187,7 +187,7 @@ def test_a_failed_training_leaves_the_checkpoint_that_was_being_stored(held):
     assert checkpoint.latest(held)[1].meta["step"] == 3
 
 
-def test_two_checkpoints_are_kept_and_the_last_rungs_and_broken_ones_are_not_counted(tmp_path):
+def test_two_checkpoints_are_kept_and_the_last_two_rungs_and_broken_ones_are_not_counted(tmp_path):
     checkpoints, kept = Storage(tmp_path), []
     checkpoints.write("checkpoint_000000011/state.pt", b"a process was killed here")
 
@@ -196,9 +196,9 @@ def test_two_checkpoints_are_kept_and_the_last_rungs_and_broken_ones_are_not_cou
         kept.append([int(name[-2:]) for name in checkpoint.names(checkpoints)])
 
     config = EVERY_EPOCH.model_copy(update={"epochs": 5})  # ends at steps 3, 6, 10, 13 and 17
-    assert fit(checkpoints, config, rungs=[1], log=log, stop=stored) == [3, 6, 10, 13, 17]
-    assert kept == [[11], [3, 11], [3, 6, 11], [3, 6, 10, 11], [3, 10, 13]]
-    assert [int(name[-2:]) for name in checkpoint.names(checkpoints)] == [13, 17]
+    assert fit(checkpoints, config, rungs=[1, 2], log=log, stop=stored) == [3, 6, 10, 13, 17]
+    assert kept == [[11], [3, 11], [3, 6, 11], [3, 6, 10, 11], [3, 6, 10, 13]]
+    assert [int(name[-2:]) for name in checkpoint.names(checkpoints)] == [6, 13, 17]
 
 
 def test_a_training_resumed_within_a_second_logs_into_a_file_that_is_read_later(tmp_path):

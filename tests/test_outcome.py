@@ -1,5 +1,6 @@
 """What a run leaves, and what it is judged by wherever it is looked at: no Ray."""
 
+import io
 import os
 import shlex
 from pathlib import Path
@@ -128,6 +129,33 @@ def test_an_export_of_a_trial_that_was_not_scored_is_sampled_in_a_block_no_large
             outcome.export_trial(config, run, Records.load(run), ranked, trial, out, QUIET, weights)
             assert (out / "samples.png").is_file()
     assert asked == [64, 64]
+
+
+def test_a_trial_that_has_trained_on_is_not_exported_with_the_score_of_its_earlier_checkpoint(finished, tmp_path):
+    config, run = finished
+    records, trial = Records.load(run), "t0000-cosine"
+    scored, newer = (f"train/{trial}/checkpoint_00000000{number}" for number in (1, 2))
+    for name in ("state.pt", "checkpoint.json"):
+        run.write(f"{newer}/{name}", run.read(f"{scored}/{name}"))
+    for path, ranked in ((scored, True), (newer, False)):
+        records.update(trial, checkpoint=path)
+        outcome.export_trial(config, run, records, run.read_json(RANKING), trial, tmp_path / path, QUIET)
+        assert ("Not scored" not in (tmp_path / path / "README.md").read_text()) is ranked
+
+
+def test_an_export_of_a_model_that_has_diverged_says_why_it_has_no_samples(finished, tmp_path, monkeypatch):
+    config, run = finished
+
+    def diverged(*_: object) -> None:
+        raise FloatingPointError("sampling gave NaN or infinite pixels in block 0: the model has diverged")
+
+    monkeypatch.setattr(sampling.Sampler, "block", diverged)
+    said = io.StringIO()
+    trial, console = "t0001-cosine", Console(file=said, width=200)
+    outcome.export_trial(config, run, Records.load(run), run.read_json(RANKING), trial, tmp_path / "out", console)
+    assert "No samples: sampling gave NaN" in said.getvalue()
+    assert "Samples:" not in said.getvalue()
+    assert not (tmp_path / "out/samples.png").exists()
 
 
 def test_an_export_draws_with_the_sampler_of_the_ranking(finished, tmp_path):

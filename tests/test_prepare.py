@@ -1,51 +1,21 @@
-"""What a run needs before it starts: the images that it began with, and who reads them."""
+"""What a run needs before it starts: who reads its images."""
 
 import dataclasses
 import io
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from rich.console import Console
 
 from search import prepare
 from search.config import UserError
 from search.config_file import load
 from trainer import data
-from trainer.config import DataConfig
 from trainer.storage import Storage
 
 QUIET = Console(file=io.StringIO())
-
-
-def test_a_run_is_pinned_to_the_images_that_it_began_with(tmp_path, monkeypatch):
-    """Values of before and after would be of two judges, and of two data sets, and nobody would see it."""
-    monkeypatch.setenv("DDPM_SEARCH_CACHE", str(tmp_path / "cache"))
-    folder, run = tmp_path / "images", Storage(tmp_path / "run")
-    folder.mkdir()
-    for i in range(20):
-        Image.fromarray(np.full((8, 8), i, np.uint8)).save(folder / f"{i}.png")
-
-    def splits() -> data.Splits:
-        return data.load.__wrapped__(DataConfig(name=f"folder:{folder}"))
-
-    for _ in range(2):
-        prepare.check_same_images(run, splits())
-    folder = folder.rename(tmp_path / "moved")
-    prepare.check_same_images(run, splits())
-    (folder / "7.png").unlink()
-    with pytest.raises(UserError, match=r"16 and 4 by now|15 and 4 by now, 16 and 4 then"):
-        prepare.check_same_images(run, splits())
-    Image.fromarray(np.full((8, 8), 77, np.uint8)).save(folder / "7.png")
-    with pytest.raises(UserError, match=r"are not those that .*run began with.*delete .*run/images\.json"):
-        prepare.check_same_images(run, splits())
-    Image.fromarray(np.full((8, 8), 7, np.uint8)).save(folder / "7.png")
-    prepare.check_same_images(run, splits())
-    whole = run.read(prepare.IMAGES)
-    for damaged in (b"", b"[1]", b'{"train": 16}'):
-        run.write(prepare.IMAGES, damaged)
-        prepare.check_same_images(run, splits())
-        assert run.read(prepare.IMAGES) == whole
 
 
 @pytest.mark.slow
@@ -76,3 +46,20 @@ def test_a_node_with_a_gpu_reads_the_real_images_where_the_driver_has_none(tmp_p
             prepare.reference_of(config, others, QUIET, run, gpu_elsewhere=True)
     finally:
         ray.shutdown()
+
+
+@pytest.mark.ray
+def test_a_node_that_has_other_images_is_refused_before_anything_trains(local_ray):
+    splits = data.load(load("digits").train.data)
+    prepare.check_nodes_have_the_images(splits, QUIET)
+    others: Any = SimpleNamespace(config=splits.config, key=lambda: "of another copy")
+    with pytest.raises(UserError, match=r"on node .*: train\.data\.name: digits has other images on "):
+        prepare.check_nodes_have_the_images(others, QUIET)
+
+
+def test_a_trial_refuses_other_images_than_its_search_has():
+    config = load("digits").train.data
+    key = data.load(config).key()
+    assert data.load_same(config, key).key() == data.load_same(config, None).key() == key
+    with pytest.raises(ValueError, match="give all nodes the same"):
+        data.load_same(config, "of another copy")

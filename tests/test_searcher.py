@@ -290,6 +290,17 @@ def test_no_known_point_is_tried_twice(crashed):
     assert len({row.trial for row in records}) == len(records)
 
 
+def test_known_points_that_were_tried_are_known_by_what_they_are_and_not_by_their_number(records):
+    first, second, third = (INSIDE.model_copy(update={"tau": tau}) for tau in (0.6, 1.2, 2.0))
+    search = make(records, [first, second])
+    for index in range(2):
+        suggest(search, f"id{index}")
+        finish(search, f"id{index}", "completed", 4.0)
+    edited = make(Records.load(records.run), [third, second])
+    assert edited.records[suggest(edited, "new0")].tau == 2.0
+    assert edited.records[suggest(edited, "new1")].source == "suggested"
+
+
 def test_a_known_point_outside_the_space_is_tried_but_not_told(records):
     search = make(records, [OUTSIDE])
     assert records[suggest(search, "id0")].start == 0.5
@@ -600,6 +611,19 @@ def test_a_grid_that_is_exhausted_still_trains_what_was_begun(records):
     assert "BruteForceSampler has suggested all there is" in str(rebuilt.left())
 
 
+def test_a_grid_with_more_workers_than_points_is_exhausted_at_once(records):
+    search = make(records, **GRID)
+    for index in range(2):
+        suggest(search, f"id{index}")
+    assert search.suggest("id2") == search.FINISHED
+    assert [row.state for row in records] == 2 * ["running"]
+    rebuilt = make(Records.load(records.run), **GRID)
+    for index in range(2):
+        suggest(rebuilt, f"new{index}")
+    assert rebuilt.suggest("new2") == rebuilt.FINISHED
+    assert len(rebuilt.records) == 2
+
+
 def test_a_grid_s_confirmations_are_all_trained_though_it_is_exhausted(records, row):
     points = [{"batch_size": 32}, {"batch_size": 64}]
     for number in range(6):
@@ -628,3 +652,10 @@ def test_a_search_that_finds_nothing_new_ends_and_so_does_a_resumed_one(records,
     assert rebuilt.suggest("new0") == search.FINISHED
     assert len(rebuilt.records) == 6
     assert len(told(rebuilt)) == 6
+    # What another space held says nothing of this one.
+    wider = SearchConfig.model_validate(
+        rebuilt.config.model_dump() | {"space": fixed | {"dropout": {"low": 0, "high": 0.3}}}
+    )
+    edited = HonestOptunaSearch(wider, "frechet", Records.load(records.run), None, old_rows=6)
+    suggest(edited, "newer0")
+    assert list(edited.records)[-1].dropout > 0.0

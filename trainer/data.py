@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import platform
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,6 +92,17 @@ def load(config: DataConfig) -> Splits:
     to do.
     """
     return _splits(config, None)
+
+
+def load_same(config: DataConfig, key: str | None) -> Splits:
+    """`load` where a search has images of this key: nodes may have copies of their own. Raises ValueError too."""
+    splits = load(config)
+    if key is not None and splits.key() != key:
+        raise ValueError(
+            f"data.name: {config.name} has other images on {platform.node()} than where the search began; give all "
+            "nodes the same"
+        )
+    return splits
 
 
 def _splits(config: DataConfig, progress: Progress | None) -> Splits:

@@ -5,11 +5,20 @@ import math
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 Item = bytes | Path | np.ndarray | None
 """An encoded image, where it lies, or (H, W) or (H, W, C) uint8; None where a Parquet row holds nothing."""
 
+TURNS = {  # EXIF's orientations
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -33,7 +42,7 @@ def decode(item: Item, size: int | None, channels: int | None, crop_bottom: int 
             if size is not None:
                 file.draft(file.mode, (2 * size, 2 * size))  # a large JPEG need not be decoded in full
             banner = math.ceil(crop_bottom * file.height / rows)
-            image = ImageOps.exif_transpose(file)
+            image = _turned(file)
             if banner:
                 image = image.crop((0, 0, image.width, image.height - banner))
     image = _eight_bits(image)
@@ -45,6 +54,13 @@ def decode(item: Item, size: int | None, channels: int | None, crop_bottom: int 
     return decoded if decoded.ndim == 3 else decoded[..., None]
 
 
+def _turned(file: Image.Image) -> Image.Image:
+    """As its EXIF says. ImageOps.exif_transpose writes the tags anew, and fails on some that cameras write."""
+    file.load()
+    way = TURNS.get(file.getexif().get(ExifTags.Base.Orientation, 1))
+    return file.copy() if way is None else file.transpose(way)
+
+
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Mode L or RGB."""
     if image.mode == "F":
@@ -52,7 +68,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow's own conversion would clip everything above 255 to white.
         values = np.asarray(image)
-        shallow = image.mode == "I" and 0 < values.max() <= 0xFF  # their upper eight of sixteen bits would be black
+        shallow = 0 < values.max() <= 0xFF  # the upper eight of their sixteen bits are all black
         if values.min() < 0 or values.max() > 0xFFFF or shallow:
             raise ValueError(f"its pixels reach from {values.min()} to {values.max()}; store it with 8 or 16 bits")
         return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8))

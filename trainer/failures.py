@@ -107,9 +107,15 @@ def explained(config: TrainConfig, worker: Worker) -> Iterator[None]:
         raise
 
 
+def images_at_once(config: TrainConfig, worker: Worker) -> int:
+    """That a worker takes, at most. Those that go on without the others take no more than beside them."""
+    workers = max(config.workers, worker.world_size) if config.min_workers else worker.world_size
+    most = -(-config.batch_size // workers)
+    return min(config.micro_batch or most, most)
+
+
 def _out_of_memory(config: TrainConfig, worker: Worker) -> str:
-    most = -(-config.batch_size // worker.world_size)
-    at_once = min(config.micro_batch or most, most)
+    at_once = images_at_once(config, worker)
     remedy = (
         f"set train.micro_batch to {at_once // 2} (gradients are accumulated: the same batch is learned from)"
         if at_once > 1

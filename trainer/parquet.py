@@ -56,12 +56,12 @@ def _listing(files: list[Path], config: DataConfig) -> Listing:
     counts, columns, labels = [], [], []
     for file in files:
         try:
-            with pq.ParquetFile(file) as opened:
+            with pq.ParquetFile(file, pre_buffer=False) as opened:
                 counts.append(opened.metadata.num_rows)
                 schema = opened.schema_arrow
                 columns.append(_image_column(file, schema, config.image_column))
                 if config.labels and config.label_column in schema.names:
-                    labels.append(opened.read([config.label_column])[config.label_column])
+                    labels.append(opened.read([config.label_column], use_threads=False)[config.label_column])
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"data.name: {file} is no Parquet file, or is damaged ({error}); make it again") from error
     # The default may be absent, for images may have no labels; a column that was named is wanted.
@@ -107,7 +107,7 @@ def _read_group(opened: Any, group: int, column: str, index: np.ndarray) -> Iter
     import pyarrow as pa
 
     row = 0
-    for batch in opened.iter_batches(BATCH, row_groups=[group], columns=[column]):
+    for batch in opened.iter_batches(BATCH, row_groups=[group], columns=[column], use_threads=False):
         values = batch.column(0)
         values = values.field(0) if pa.types.is_struct(values.type) else values
         for i in _between(index, row, row + len(batch)):

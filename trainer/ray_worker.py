@@ -54,14 +54,15 @@ def fit(
     callbacks: Collection[UserCallback] = (),
     worker: dict[str, float] | None = None,
     strategy: Callable[[], str] = lambda: "PACK",
+    images: str | None = None,
 ) -> dict[str, Any]:
     """Trains in `config.workers` processes and returns the metrics of the last rung.
 
     Checkpoints go to RUN/train/<name>; the same name goes on from the newest whole one of `config` there. A worker that
     dies is replaced, up to three times; where its node is lost and min_workers allows it, the others go on without it.
     `worker` is what each reserves, such as {"CPU": 1, "GPU": 1}; they are laid by `strategy`, and wait for room as long
-    as it takes. Where training cannot go on, `callbacks` hear of it: a report that holds `failure`, see
-    TrainingFailedError.
+    as it takes. `images` is the key of the splits that every node must have. Where training cannot go on, `callbacks`
+    hear of it: a report that holds `failure`, see TrainingFailedError.
     """
     elastic = config.min_workers is not None and config.min_workers < config.workers
     if elastic:
@@ -80,6 +81,7 @@ def fit(
                 "run": run.uri,
                 "score": score,
                 "rungs": sorted(rungs),
+                "images": images,
             },
             torch_config=ray.train.torch.TorchConfig(timeout_s=config.hang_seconds),
             scaling_config=ray.train.ScalingConfig(
@@ -116,6 +118,7 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
+    splits = data.load_same(config.data, setup["images"])  # before any worker waits for another: it may decode
     checkpoints = run.at("train", setup["name"])
     found = checkpoint.latest(checkpoints, of=config) if worker.rank == 0 else None
     gave_up = checkpoints.read_json(GAVE_UP) if worker.rank == 0 and checkpoints.exists(GAVE_UP) else None
@@ -158,7 +161,7 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
         with contextlib.closing(event_log) if event_log else contextlib.nullcontext(), uploader:
             loop.train(
                 config,
-                data.load(config.data).train,
+                splits.train,
                 worker,
                 report,
                 resume=resume,

@@ -12,7 +12,7 @@ from trainer import data, model, speed
 from trainer.config import TrainConfig
 from trainer.diffusion import Diffusion, epsilon_mse
 from trainer.ema import EMA
-from trainer.failures import Worker
+from trainer.failures import Worker, images_at_once
 
 
 class Denoiser(nn.Module):
@@ -58,7 +58,7 @@ class TrainStep:
 
     def _fastest_denoiser(self) -> Any:
         worker, own = self.worker, self._mine.stop - self._mine.start
-        size = min(self.config.micro_batch or own, own)
+        size = min(images_at_once(self.config, worker), own)
         inputs = []
         for count in {size, own % size} - {0}:  # the last part of a batch may be smaller
             x_t = self._in_format(torch.randn(count, *self.shape, device=worker.device))
@@ -97,7 +97,7 @@ class TrainStep:
 
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device)
-        size = config.micro_batch or len(x_0)
+        size = images_at_once(config, worker)
         for first in range(0, len(x_0), size):
             part = slice(first, first + size)
             last = first + size >= len(x_0)

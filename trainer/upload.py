@@ -47,7 +47,7 @@ class Uploader:
         self._thread.start()
 
     def _delete_older_than(self, newest: str, config: TrainConfig) -> None:
-        """Two stay, and the last rung's, which the trials table names.
+        """Two stay, and the last two rungs': the trials table names the one before until it is told of the last.
 
         Those that were cut short count as none, and so do those of another configuration: a training that goes on
         passes over them.
@@ -56,7 +56,7 @@ class Uploader:
         described = {name: self._meta(name) for name in names}
         own = [name for name in names if checkpoint.is_of(described[name], config)]
         rungs = [name for name in own if described[name].get("metrics", {}).get("rung")]
-        for name in set(names) - set(own[-KEPT_CHECKPOINTS:]) - set(rungs[-1:]):
+        for name in set(names) - set(own[-KEPT_CHECKPOINTS:]) - set(rungs[-2:]):
             self.checkpoints.delete(name)
 
     def _meta(self, name: str) -> dict[str, Any]:
