@@ -47,6 +47,15 @@ def finish(config: SearchConfig, run: Storage, records: Records, splits: Splits,
             ) from error
 
 
+def check_ranked(run: Storage) -> None:
+    """Raises SystemExit where nothing could be ranked."""
+    ranking = read_ranking(run)
+    if ranking is None:
+        raise SystemExit(f"ddpm-search: no trial came to a checkpoint: nothing to rank; see {run.at(REPORT).uri}")
+    if not any(row["rank"] for row in ranking["trials"]):
+        raise SystemExit(f"ddpm-search: no trial has a score, for the reasons above; see {run.at(REPORT).uri}")
+
+
 def export_trial(
     config: SearchConfig,
     run: Storage,

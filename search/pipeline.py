@@ -21,14 +21,16 @@ from evaluation.shards import Candidate
 from search import began, budget, confirm, disk, lease, plan, tables, trial_cost, tuner, watch
 from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt, resume_command
-from search.outcome import REPORT, finish, versions
+from search.outcome import check_ranked, finish, versions
 from search.prepare import check_nodes_have_the_images, check_shared, choose_metric, reference_of
 from search.records import Records
-from search.runs import CONFIG, RANKING, read_ranking
+from search.runs import CONFIG, RANKING
 from trainer import data
 from trainer.data import Splits
 from trainer.failures import TooLittleMemoryError
 from trainer.storage import Storage
+
+ONE_WORKER = (1, 1, None)  # the room that drawing takes
 
 
 def begin(config: SearchConfig, run: Storage) -> None:
@@ -117,7 +119,7 @@ def _prepare(
 
     The configuration comes back with a number for trials_per_gpu: auto, where anything is trained.
     """
-    placement = cluster.place(*config.room)
+    placement = cluster.place(*(config.room if trains else ONE_WORKER))
     reference = reference_of(config, splits, console, run, gpu_elsewhere=cluster.use_gpu)
     metric = choose_metric(config, reference, console)
     settings = config.early_stopping
@@ -144,11 +146,11 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         if connection.dashboard:
             console.print(f"Ray dashboard:  http://{connection.dashboard}")
         console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.at('tensorboard').uri)}")
-        cluster = _with_room(config.room, connection, console)
-        if not connection.local:
-            check_shared(run)
         left = tuner.trials_left(config, records)
         trains = bool(left or config.confirmations)
+        cluster = _with_room(config.room if trains else ONE_WORKER, connection, console)
+        if not connection.local:
+            check_shared(run)
         if trains:
             began.check_training(run, records, config)
             if not connection.local:
@@ -179,15 +181,6 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         check_ranked(run)
 
 
-def check_ranked(run: Storage) -> None:
-    """Raises SystemExit where nothing could be ranked."""
-    ranking = read_ranking(run)
-    if ranking is None:
-        raise SystemExit(f"ddpm-search: no trial came to a checkpoint: nothing to rank; see {run.at(REPORT).uri}")
-    if not any(row["rank"] for row in ranking["trials"]):
-        raise SystemExit(f"ddpm-search: no trial has a score, for the reasons above; see {run.at(REPORT).uri}")
-
-
 def evaluate(
     config: SearchConfig,
     run: Storage,
@@ -211,7 +204,7 @@ def evaluate(
         drawn = [candidate for candidate in candidates if candidate.trial not in notes]
         what = f"Drawing {config.final.images:,} images of each of {count(len(drawn), 'trial')}"
         # Nodes may have come and gone since the search began.
-        cluster = _with_room((1, 1, None), connection, console, use_gpu)
+        cluster = _with_room(ONE_WORKER, connection, console, use_gpu)
         with watch.progress_bar(console, what) as progress:
             slots, memory = sum(cluster.slots()), cluster.worker().get("memory", 0)
             sampler = config.final.sampler.on("cuda" if cluster.use_gpu else "cpu")
@@ -256,11 +249,14 @@ def evaluate_again(
         began.check_images(run, splits)
         records = Records.load(run)
         with connect.connected(address) as connection, Interrupt().handled() as interrupt:
-            cluster = _with_room(config.room, connection, console)
+            asked = config.model_copy(update={"final": final})
+            trains = asked.confirmations > 0
+            cluster = _with_room(asked.room if trains else ONE_WORKER, connection, console)
             if not connection.local:
                 check_shared(run)
-            asked = config.model_copy(update={"final": final})
-            asked, reference, scorer, _ = _prepare(asked, splits, cluster, console, run, trains=asked.confirmations > 0)
+            if trains:
+                began.check_training(run, records, config)
+            asked, reference, scorer, _ = _prepare(asked, splits, cluster, console, run, trains)
             if reference is None:
                 raise UserError(
                     "nothing can judge these images: the data has no labels, so give final.inception_weights in "

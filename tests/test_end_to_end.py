@@ -149,6 +149,12 @@ def test_a_search_with_two_workers_ends_with_a_ranked_and_exported_winner(enviro
     assert "holds another run" in again.stderr
     assert place.read_json("ranking.json") == ranking
 
+    # Elsewhere, where no trial would fit: drawing wants one worker.
+    place.write("config.yaml", place.read("config.yaml").replace(b"  workers: 2", b"  workers: 64"))
+    elsewhere = run(environment, "evaluate", str(tmp_path / "pair"), "--images", "100")
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert place.read_json("ranking.json")["images"] == 100
+
 
 def test_a_killed_search_is_resumed_without_losing_a_trial_or_an_epoch(environment, tmp_path):
     place = Storage(tmp_path / "cut")

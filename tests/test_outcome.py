@@ -17,7 +17,7 @@ from evaluation import pictures, ranking_file, sampling
 from evaluation.classifier import Classifier, ClassifierNet, cached_classifier
 from evaluation.shards import Candidate, is_done, kept_images, shards_of
 from evaluation.stage import ShardWorker
-from search import outcome, pipeline, prepare
+from search import outcome, prepare
 from search.config import SearchConfig, UserError
 from search.config_file import load
 from search.records import Records
@@ -248,10 +248,10 @@ def test_a_run_of_which_nothing_could_be_ranked_has_failed(ranks, said, tmp_path
         trials = [{"trial": f"t{n}", "rank": rank} for n, rank in enumerate(ranks)]
         run.write_json(RANKING, {"trials": trials, "score_name": "score", "images": 9, "split_size": 9})
     if not said:
-        pipeline.check_ranked(run)
+        outcome.check_ranked(run)
         return
     with pytest.raises(SystemExit, match=said):
-        pipeline.check_ranked(run)
+        outcome.check_ranked(run)
 
 
 def test_a_report_s_commands_are_a_shell_s_also_where_a_folder_s_name_has_spaces(tmp_path):
