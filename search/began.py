@@ -60,14 +60,16 @@ def check_judge(
         raise UserError(
             f"the rungs of {run.uri} are judged by {name}={then} so far, and would be by {value} from now on: trials "
             f"would not compare. In its {CONFIG}, put early_stopping, final.extractor and final.inception_weights back "
-            "(early_stopping.metric: grid_loss, where it began without an extractor), or begin another run"
+            "(early_stopping.metric: grid_loss, where it began without an extractor). To rank what there is by another "
+            f"extractor: ddpm-search evaluate {run.uri}"
         )
 
 
 def rows_of_other_spaces(run: Storage, records: Records, config: SearchConfig) -> int:
     """How many rows the table had when the space, or who suggests from it, became what it is by now."""
     space = config.model_dump(mode="json", include={"space", "searcher", "same_alpha_bar", "seed"})
-    now = {"is": space | {"schedule": config.train.schedule.model_dump()}, "since": len(records)}
+    base = config.train.model_dump(mode="json", include={"schedule", *OF_A_TRIAL})  # where the space has none of it
+    now = {"is": space | base, "since": len(records)}
     found = _on_record(run, "space", now)
     if _difference(found.get("is"), now["is"]):
         found = _on_record(run, "space", now, anew=True)
@@ -91,7 +93,7 @@ def _on_record(run: Storage, what: str, now: dict[str, Any], anew: bool = False)
 def _difference(then: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
     """(name, then, now) of the first value that is another one, of nested dicts; tuples are lists in JSON."""
     if isinstance(then, dict) and isinstance(now, dict):
-        pairs = ((key, then.get(key), now.get(key)) for key in then | now)
+        pairs = ((key, value, now.get(key)) for key, value in then.items())  # a later version's settings are not in it
         found = (_difference(a, b, f"{name}.{key}" if name else key) for key, a, b in pairs)
         return next(filter(None, found), None)
     then, now = json.loads(json.dumps([then, now]))

@@ -38,8 +38,10 @@ def train_again(
     Returns the new candidates of the final stage, and trial → reason of the trainings that failed among them.
     Raises KeyboardInterrupt where the user interrupted it.
     """
-    records, parents, settings = plan(config, run, chosen)
+    confirmations(run)  # says where their table is damaged
     rest = budget.left(config.budget, run, found)
+    spent = rest is None or budget.Budget(rest, run.at(CONFIRM), Records.load(run.at(CONFIRM))).spent()
+    records, parents, settings = plan(config, run, chosen, goes_on=not spent)
     tuner.tidy(run.at(CONFIRM), records)
     left = tuner.trials_left(settings, records)
     if left and rest is None:
@@ -55,8 +57,13 @@ def train_again(
     return candidates, {row.trial: row.reason or "not trained to the end" for row in unfinished}
 
 
-def plan(config: SearchConfig, run: Storage, chosen: Sequence[Row]) -> tuple[Records, dict[str, str], SearchConfig]:
-    """The table with a row for each new training, trial → trial it confirms, and the search that trains just these."""
+def plan(
+    config: SearchConfig, run: Storage, chosen: Sequence[Row], goes_on: bool = True
+) -> tuple[Records, dict[str, str], SearchConfig]:
+    """The table with a row for each new training, trial → trial it confirms, and the search that trains just these.
+
+    goes_on: what the budget ended is trained on, since it was raised.
+    """
     earlier, records = confirmations(run), Records.load(run.at(CONFIRM))
     parents: dict[str, str] = {}
     wanted = config.final.confirm.seeds
@@ -73,8 +80,7 @@ def plan(config: SearchConfig, run: Storage, chosen: Sequence[Row]) -> tuple[Rec
                 records.add(Row(trial=name, source="suggested", seed=seed, state="waiting", **row.params()))
         parents |= dict.fromkeys(own, row.trial)
     for again in records:
-        # Another ranking did not choose it, or the budget, which may have been raised, ended before it did.
-        if again.trial in parents and again.state == "stopped":
+        if again.trial in parents and again.state == "stopped" and (goes_on or again.reason == NOT_CHOSEN):
             records.update(again.trial, state="waiting", reason=None)
         elif again.trial not in parents and not _done(again) and again.reason != NOT_CHOSEN:
             records.update(again.trial, state="stopped", reason=NOT_CHOSEN)

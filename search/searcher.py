@@ -67,8 +67,9 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         self._ot_study.stop = self._exhausted  # what grids call, and Optuna allows in its own loop only
         self._keys: dict[str, str] = {}  # Tune's trial id → our stable key
         self._unfinished: list[Row] = []
-        tried = [space.params_of(vars(row)) for row in records if row.source == "known"]
-        self._known = [point for point in config.known_points if space.known_params(config, point) not in tried]
+        tried = [space.identity(config, space.params_of(vars(row))) for row in records if row.source == "known"]
+        points = [(point, space.identity(config, space.known_params(config, point))) for point in config.known_points]
+        self._known = [point for point, known in points if known not in tried]
         for trial in dict.fromkeys(row.same_as for row in records if row.same_as):
             if records[trial].state == "failed":  # the driver died before it could see to them
                 self._settle(trial)

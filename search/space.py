@@ -137,6 +137,14 @@ def params_of(row: Mapping[str, Any]) -> Params:
     )
 
 
+def identity(config: SearchConfig, params: Params) -> TrainConfig | Params:
+    """The same for all ways to write a configuration: settings may be named that the base training has."""
+    try:
+        return train_config(config, {"seed": config.train.seed} | flat(params))
+    except ValidationError:
+        return params
+
+
 def train_config(config: SearchConfig, row: Mapping[str, Any]) -> TrainConfig:
     """The training of one row of the trials table. Raises pydantic.ValidationError where its schedule breaks a law."""
     own = {name: row[name] for name in ("learning_rate", "dropout", "seed")}

@@ -92,6 +92,7 @@ def _share(training: TrainConfig, images: int, device: torch.device) -> TrainCon
     switches = speed.decide(training.speed, device, training.workers, steps)
     own = {
         "batch_size": training.batch_size // training.workers,
+        "min_workers": None,
         "speed": training.speed.model_copy(update=dataclasses.asdict(switches)),
     }
     return training.model_copy(update=own)

@@ -69,6 +69,10 @@ def test_trials_of_one_run_have_their_training_in_common(records, row):
         with pytest.raises(UserError, match=said):
             began.check_training(records.run, records, load("digits", [override]))
     began.check_training(records.run, records, load("digits"))
+    older = records.run.read_json(began.FILE)
+    del older["training"]["gradient_clip"]  # a version that did not have it
+    records.run.write_json(began.FILE, older)
+    began.check_training(records.run, records, load("digits"))
 
 
 def test_rungs_of_one_run_are_judged_alike(records, row, rung):
@@ -92,11 +96,12 @@ def test_rungs_of_one_run_are_judged_alike(records, row, rung):
 
 def test_rows_of_another_space_are_counted_from_when_it_changed(records, row):
     one, other = load("digits"), load("digits", ["space.dropout.high=0.5"])
+    rate = load("digits", ["train.learning_rate=1e-4"])
     counts = []
-    for config in (one, one, other, other, one):
+    for config in (one, one, other, other, one, rate):
         counts.append(began.rows_of_other_spaces(records.run, records, config))
         records.add(row(f"t{len(records)}"))
-    assert counts == [0, 0, 2, 2, 4]
+    assert counts == [0, 0, 2, 2, 4, 5]
 
 
 def test_the_grid_loss_is_the_same_whoever_judges_images(records, row, rung):

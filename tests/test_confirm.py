@@ -97,6 +97,9 @@ def test_what_the_budget_cut_is_trained_on_where_there_is_one_again(records, row
     again.update(first, state="completed")
     again.update(second, state="stopped", reason="the search's share of worker_hours, 0.1 of 0.1, was spent", epoch=3)
     again.update(third, state="stopped", reason="not resumed: the search's share of worker_hours was spent")
+    table, _, settings = confirm.plan(CONFIG, records.run, chosen, goes_on=False)
+    assert tuner.trials_left(settings, table) == 0
+    assert table[second].reason.endswith("was spent")
     table, _, settings = confirm.plan(CONFIG, records.run, chosen)
     assert tuner.trials_left(settings, table) == 2
     assert [(one.state, one.reason) for one in table] == [("completed", None), ("waiting", None), ("waiting", None)]

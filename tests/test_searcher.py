@@ -296,6 +296,8 @@ def test_known_points_that_were_tried_are_known_by_what_they_are_and_not_by_thei
     for index in range(2):
         suggest(search, f"id{index}")
         finish(search, f"id{index}", "completed", 4.0)
+    space = CONFIG.model_dump()["space"] | {"train": {"lr_decay": [CONFIG.train.lr_decay, 0.5]}}
+    assert make(Records.load(records.run), [first, second], space=space)._known == []  # the same trainings, named whole
     edited = make(Records.load(records.run), [third, second])
     assert edited.records[suggest(edited, "new0")].tau == 2.0
     assert edited.records[suggest(edited, "new1")].source == "suggested"

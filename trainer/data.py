@@ -24,7 +24,7 @@ AT_A_PATH: dict[str, Callable[[Path, DataConfig], datasets.Source]] = {
     "parquet": parquet.find,
     "folder": datasets.folder,
 }
-CACHE_VERSION = 3  # raised whenever the same files and settings come to give other pixels or splits, or are refused
+CACHE_VERSION = 4  # raised whenever the same files and settings come to give other pixels or splits, or are refused
 
 
 @dataclass(frozen=True)
