@@ -20,7 +20,7 @@ from search import trial_cost
 from search.config import UserError
 from search.config_file import load
 from search.trial_cost import Measured
-from trainer import data, local
+from trainer import data, failures, local
 from trainer.storage import Storage
 
 SMALL = [
@@ -133,6 +133,8 @@ def test_a_worker_s_share_is_as_fast_as_the_training(workers, share):
     own = trial_cost._share(config, 800_000, torch.device("cuda"))
     assert own.batch_size == share
     assert (own is config) == (workers == 1)
+    elastic = trial_cost._share(config.model_copy(update={"min_workers": 1}), 800_000, torch.device("cuda"))
+    assert failures.images_at_once(elastic, failures.Worker(torch.device("cpu"))) == share
     if workers > 1:
         assert own.speed.compile is True
         assert own.speed.cuda_graphs is False
