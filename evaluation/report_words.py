@@ -62,8 +62,8 @@ def number(value: float | None, digits: int = 4) -> str:
     return NOT_KNOWN if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
 
 
-def fixed(value: float | None, decimals: int = 2) -> str:
-    return NOT_KNOWN if value is None or not math.isfinite(value) else f"{value:.{decimals}f}"
+def fixed(value: float | None) -> str:
+    return NOT_KNOWN if value is None or not math.isfinite(value) else f"{value:.2f}"
 
 
 def chance(probability: float | None) -> str:

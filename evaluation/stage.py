@@ -38,14 +38,16 @@ class ShardWorker:
         if is_done(self.run, shard, self.config):
             return None  # by a worker that died before it could say so: Ray tries its task again
         # Comes with the task, not the constructor: Ray restarts an actor without the objects that it was made from.
-        self.extractor = self.extractor or extractor.to(self.device)
+        with too_little_memory_is(lambda: self._too_small("the extractor", "use a device with more, or free some")):
+            self.extractor = self.extractor or extractor.to(self.device)
         path = shard.candidate.checkpoint
         if self.loaded is None or self.loaded[0] != path:
             try:
                 found = checkpoint.load(self.run.at(path))
             except checkpoint.BrokenCheckpointError as error:
                 return str(error).replace(f"{self.run.uri}/", "")  # a ranking is published, and a run is moved
-            denoiser, betas = found.denoiser(self.config.weights).to(self.device), found.config.schedule.betas()
+            with too_little_memory_is(lambda: self._too_small("the model", "use a device with more, or free some")):
+                denoiser, betas = found.denoiser(self.config.weights).to(self.device), found.config.schedule.betas()
             if self.device == "cuda":  # the layout of its fast convolutions
                 denoiser = denoiser.to(memory_format=torch.channels_last)
             shape = tuple(found.meta["image_shape"])
@@ -68,8 +70,10 @@ class ShardWorker:
             if block > 1
             else "use a device with more"
         )
-        where = memory_of(torch.device(self.device))
-        return f"{where} is too small to draw {block:,} images at once (final.sampler.block_size={block}); {remedy}"
+        return self._too_small(f"{block:,} images at once (final.sampler.block_size={block})", remedy)
+
+    def _too_small(self, for_what: str, remedy: str) -> str:
+        return f"{memory_of(torch.device(self.device))} is too small for {for_what}; {remedy}"
 
 
 ShardActor: Any = ray.remote(max_restarts=3, max_task_retries=3)(ShardWorker)

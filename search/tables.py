@@ -145,7 +145,7 @@ def ranking_table(ranking: dict[str, Any]) -> FittedTable:
         table.add_row(
             *start, f"{score['mean']:.3f}", f"{score['ci'][0]:.3f}–{score['ci'][1]:.3f}",
             f"{frechet['value']:.2f}", f"{frechet['ci'][0]:.2f}–{frechet['ci'][1]:.2f}",
-            *_diversity(row, (row.get("kid") or {}).get("value")), chance(row["p_best"]),
+            *_diversity(row.get("at_real_n") or row, (row.get("kid") or {}).get("value")), chance(row["p_best"]),
             _lead(row.get("to_next")), ", ".join(row["tied_with"]) or "–",
         )  # fmt: skip
     reference("Gaussian noise", noise)
@@ -158,7 +158,7 @@ def _lead(to_next: dict[str, Any] | None) -> str:
 
 
 def _diversity(row: dict[str, Any], kid: float | None) -> tuple[str, str]:
-    """KID, and precision / recall, of a row that may have none."""
+    """KID, and precision / recall (which depends on the number of images), of a row that may have none."""
     shares = row.get("precision"), row.get("recall")
     return (
         "–" if kid is None else f"{kid:.3g}",
@@ -171,8 +171,9 @@ def ranking_notes(ranking: dict[str, Any]) -> str:
     # Fewer than the sampler's were taken where a schedule has no more; a ranking of an earlier version does not say.
     drawn = ranking["sampler"] | {name: ranking[name] for name in ("steps",) if name in ranking}
     dropped = f", {ranking['dropped']} images left over" if ranking.get("dropped") else ""
+    real_n = f"; precision and recall at {ranking['real']['n']:,}" if ranking["real"]["n"] != ranking["images"] else ""
     return (
-        f"{ranking['score_name']} of {ranking['images']:,} images in splits of {ranking['split_size']:,}{dropped}; "
-        f"extractor {ranking['extractor']}; {ranking.get('weights', 'ema')} weights; {sampler_words(drawn)}.\n"
-        + what_intervals_say(ranking)
+        f"{ranking['score_name']} of {ranking['images']:,} images in splits of {ranking['split_size']:,}{dropped}"
+        f"{real_n}; extractor {ranking['extractor']}; {ranking.get('weights', 'ema')} weights; "
+        f"{sampler_words(drawn)}.\n" + what_intervals_say(ranking)
     )

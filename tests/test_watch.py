@@ -219,6 +219,15 @@ def test_a_wide_ranking_shows_intervals_ties_and_why_a_trial_has_no_score(rankin
     assert "its checkpoint is damaged" in text
 
 
+def test_precision_and_recall_are_compared_at_the_number_of_real_images(ranking):
+    ranking["trials"][0] |= {"precision": 0.61, "recall": 0.95, "at_real_n": {"precision": 0.62, "recall": 0.81}}
+    ranking |= {"split_size": 1000, "extractor": "inception", "sampler": {"name": "ddpm"}}
+    text = rendered(tables.ranking_table(ranking), 220)
+    assert "0.62 / 0.81" in text
+    assert "0.95" not in text
+    assert "precision and recall at 359" in tables.ranking_notes(ranking)
+
+
 def test_a_progress_bar_shows_in_a_terminal_before_anything_is_known():
     console = Console(force_terminal=True, file=io.StringIO(), width=100)
     with watch.progress_bar(console, "Drawing") as progress:

@@ -65,11 +65,12 @@ def train(
     # A training as new, or as it was.
     with explained(config, worker):
         advance = TrainStep(config, images, worker)
+        if resume is not None:
+            advance.load(resume.state, updates=resume.meta["step"])
     meta: dict[str, Any] = {"step": 0, "epoch": 0, "worker_seconds": 0.0, "last_loss": None, "rungs": []}
     meta |= {"ema_decay": config.ema_decays[0], "images": num_images}
     losses = norms = torch.zeros(0)
     if resume is not None:
-        advance.load(resume.state, updates=resume.meta["step"])
         meta = {name: resume.meta.get(name, value) for name, value in meta.items()}  # an older one lacks some
         losses, norms = resume.state["losses"], resume.state["norms"]
     meta |= {"image_shape": images.shape, "config": config.model_dump(mode="json")}
