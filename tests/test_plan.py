@@ -89,8 +89,8 @@ def test_the_disk_has_room_for_the_largest_choice():
 
 
 def test_the_disk_holds_one_checkpoint_of_each_ended_trial_and_more_of_running_ones():
-    assert forecast("final.top=2")["disk_bytes"] == 1000 * (8 + 4) + 2 * 1000 * 10
-    assert disk.disk_bytes(load("digits", ["trials=2", "train.epochs=1"]), 1000, at_once=8) == 2 * 4 * 1000
+    assert forecast("final.top=2")["disk_bytes"] == 1000 * (8 + 5) + 2 * 1000 * 10
+    assert disk.disk_bytes(load("digits", ["trials=2", "train.epochs=1"]), 1000, at_once=8) == 2 * 5 * 1000
 
 
 @pytest.mark.slow
