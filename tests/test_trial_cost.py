@@ -161,7 +161,7 @@ def test_what_measures_ends_and_gives_its_memory_back_and_too_little_memory_is_t
     probe = data.load(config.train.data).held_out.pixels
     sampler = SamplerConfig(steps=6, block_size=8)
     trial_cost.measure_on_cluster(
-        config, Signing(None, None, probe, 8, sampler, "grid_loss", str(tmp_path)), use_gpu=False
+        config, Signing(None, None, probe, 8, sampler, "grid_loss", None, str(tmp_path)), use_gpu=False
     )
     (process,) = (int(path.name) for path in tmp_path.iterdir())
     end = time.monotonic() + 20
