@@ -135,7 +135,8 @@ def simulate_scale(result: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "## One driver and many workers",
-            "The project's searcher, scheduler, trials table and line a trial on a simulated clock "
+            "The project's searcher, scheduler, trials table and the line that it prints for each trial, on a "
+            "simulated clock "
             f"(`benchmarks/replay.py`): trials of {result['full_seconds'] / 60:.0f} minutes in full, most of them "
             f"stopped early, {result['gap_seconds']:g} s from a trial's start to its first step. The driver's CPU "
             "seconds are real and count on that clock. Waits for the disk (about three syncs a trial) are not in it, "
