@@ -53,7 +53,8 @@ benchmarks: .venv/installed
 	-$(MEASURE)rank_agreement $(RUNS)/agree
 	-$(RUN) study-digits --storage $(RUNS)
 	-$(RUN) study-digits --name study-digits-search --storage $(RUNS) --set "known_points=[]" --set trials=200 \
-		--set budget.worker_hours=0.37 --set budget.reserve=0.35 --set early_stopping.scheduler=asha \
+		--set budget.worker_hours=$$($(MEASURE)study --cost $(RUNS)/study-digits) \
+		--set budget.reserve=0.35 --set early_stopping.scheduler=asha \
 		--set "early_stopping.rungs=[0.111, 0.333]" --set final.top=3 --set final.confirm.top=2
 	-$(MEASURE)study $(RUNS)/study-digits $(RUNS)/study-digits-search
 	$(MEASURE)tables

@@ -1,6 +1,6 @@
 """How well fewer sampling steps and fewer images rank the trials of a finished run as the full setting does.
 
-    python -m benchmarks.rank_agreement runs/digits [--full-steps 100] [--full-images 5000]
+    python -m benchmarks.rank_agreement runs/digits [--full-steps 100] [--full-images 2000]
 
 Images of every trial are drawn at each setting (kept in the run as `evaluate` keeps them) and ranked by score and by
 Fréchet distance. Agreement is Kendall's tau with the ranking at the full setting; its interval is a percentile
@@ -30,7 +30,7 @@ from trainer.data_cache import cache_folder
 from trainer.local import default_device
 from trainer.storage import Storage
 
-STEPS, IMAGES, RESAMPLES = (10, 20, 50), (500, 2000), 2000
+STEPS, IMAGES, RESAMPLES = (10, 20, 50), (500, 1000), 2000
 MIN_TRIALS = 8
 
 
@@ -71,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="the folder of a finished run")
     parser.add_argument("--full-steps", type=int, default=100)
-    parser.add_argument("--full-images", type=int, default=5000)
+    parser.add_argument("--full-images", type=int, default=2000)
     arguments = parser.parse_args()
     console = Console()
     config, run, records = open_run(arguments.run)

@@ -207,9 +207,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="of a study")
     parser.add_argument("search", nargs="?", help="the run of a search at equal cost")
+    parser.add_argument("--cost", action="store_true", help="print the five schedules' worker-hours, and write nothing")
     asked = parser.parse_args()
     run, search = Storage(asked.run), asked.search
     result = figures(run)
+    if asked.cost:
+        print(f"{result['five_rows_worker_hours']:.2f}")
+        return
     name = result["config"].replace("-", "_")
     if search:
         result["search"] = searched(Storage(search), result["rows"])

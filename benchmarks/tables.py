@@ -161,8 +161,8 @@ def orchestration(result: dict[str, Any]) -> str:
     }
     rows = []
     for name, run in result["runners"].items():
-        cut = f", {run['trials']} trials: {run['cut']}" if "cut" in run else ""
-        rows.append([names[name] + cut, f"{run['training_seconds_a_trial']:.1f}", f"{run['seconds']:.0f}"])
+        fewer = f", {run['trials']} trials" if run.get("trials", result["trials"]) != result["trials"] else ""
+        rows.append([names[name] + fewer, f"{run['training_seconds_a_trial']:.1f}", f"{run['seconds']:.0f}"])
         if name != "plain":
             rows[-1] += [
                 f"{run['busy']:.0%}",
