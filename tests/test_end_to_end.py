@@ -272,7 +272,9 @@ def test_a_search_that_inception_judges_comes_to_its_end(environment, tmp_path, 
     done = subprocess.run((*command, *arguments), env=environment, capture_output=True, text=True, timeout=380)
     assert done.returncode == 0, done.stderr
     assert "Extractor:      Inception V3 of 2015" in done.stdout
-    assert "Inception Score of 24 images in splits of 8; extractor inception" in done.stdout
+    assert (
+        "Inception Score of 24 images in splits of 8; precision and recall at 12; extractor inception;" in done.stdout
+    )
     (row,) = Records.load(Storage(tmp_path / "judged"))
     assert (row.state, row.epoch) == ("completed", 1)
     assert all(rung["frechet"] > 0 and rung["score"] >= 1 for rung in row.rungs)
