@@ -26,7 +26,9 @@ class SamplerConfig(Config):
         "trailing", description="which steps are visited; only trailing starts at pure noise whatever their number"
     )
     eta: float = Field(0.0, ge=0, le=1, description="ddim: 0 draws no noise on the way, 1 as much as ddpm")
-    variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
+    variance: Literal["fixed_small", "fixed_large"] = Field(
+        "fixed_small", description="ddpm's noise: beta tilde or beta (Ho 2020, section 3.2)"
+    )
     block_size: int = Field(100, ge=1, description="images a block; one generator a block, so part of the seed")
     seed: Seed = 0
     bf16: Switch = Field("auto", description="the model under autocast; auto: on GPUs. Other images, within rounding")

@@ -93,7 +93,7 @@ class DataConfig(Config):
         "celeba are scaled to 64, flowers102 to 128",
     )
     channels: Literal[1, 3] | None = Field(None, description="1 is grey; None is grey where the images are, else RGB")
-    horizontal_flip: bool = False
+    horizontal_flip: bool = Field(False, description="mirror half of the images of a batch, at random")
     labels: bool = Field(True, description="false: without the data set's labels")
     image_column: str | None = Field(None, description="of Parquet files; None is img or image")
     label_column: str = "label"
