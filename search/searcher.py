@@ -21,6 +21,7 @@ from search.reuse import reused
 
 MAX_UNTRAINED_IN_A_ROW = 200  # screened and reused ones: then there is nothing new to be found in the space
 UNTRAINED = ("screened", "reused")
+ALIKE = 3  # failures in a row, none coming to a rung meanwhile: what would be begun next would fail like them
 
 
 class HonestOptunaSearch(DriverOnly, OptunaSearch):
@@ -67,6 +68,7 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         self._ot_study.stop = self._exhausted  # what grids call, and Optuna allows in its own loop only
         self._keys: dict[str, str] = {}  # Tune's trial id → our stable key
         self._unfinished: list[Row] = []
+        self._failing: list[str] = []  # why, since any came to a rung
         tried = [space.identity(config, space.params_of(vars(row))) for row in records if row.source == "known"]
         points = [(point, space.identity(config, space.known_params(config, point))) for point in config.known_points]
         self._known = [point for point, known in points if known not in tried]
@@ -120,10 +122,12 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
     def over(self) -> str | None:
         """Why no trial is begun any more, or None.
 
-        Where the budget is spent, what an earlier driver left unfinished is stopped where it is; but what is past its
-        last rung is finished first.
+        Where trials fail alike, what an earlier driver left unfinished stays so. Where the budget is spent, it is
+        stopped where it is; but what is past its last rung is finished first.
         Raises UserError where nothing in the space passes the screen.
         """
+        if self._failing[-ALIKE:] == ALIKE * self._failing[-1:] != []:
+            return f"{ALIKE} trials in a row failed alike: {self._failing[-1]}; mend that, and resume"
         if self.ended is None and self.budget:
             self.ended = self.budget.spent()
         if self.ended is None and not self._unfinished and self._untrained_in_a_row() >= MAX_UNTRAINED_IN_A_ROW:
@@ -152,7 +156,9 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         return self.over() or self.ended
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Nothing: rungs are told when a trial ends, from the record, the deciding one included."""
+        """Rungs are told when a trial ends, from the record, the deciding one included."""
+        if result.get("epoch") is not None:
+            self._failing.clear()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         key = self._keys.pop(trial_id, None)
@@ -161,6 +167,8 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         row = self.records[key]
         if error and row.state == "running":
             row = self.records.update(row.trial, state="failed")
+        if row.state == "failed":
+            self._failing.append(str(row.reason).replace(row.trial, "TRIAL"))
         if row.state != "running":  # else the search was interrupted, and the trial will be resumed
             self._tell(trial_id, row)
             self._tell_reused(row)

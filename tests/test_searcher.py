@@ -638,6 +638,31 @@ def test_a_grid_s_confirmations_are_all_trained_though_it_is_exhausted(records, 
     assert [r.state for r in records] == 6 * ["completed"]
 
 
+def test_trials_that_fail_alike_end_the_search_and_leave_the_others_to_be_trained(records):
+    def fail(search: HonestOptunaSearch, index: int, reason: str) -> None:
+        trial = suggest(search, f"id{index}")
+        records.update(trial, state="failed", reason=reason.format(trial))
+        search.on_trial_complete(f"id{index}")
+
+    full = "OSError: No space left: train/{}/state.pt"
+    search = make(records, trials=50)
+    running = suggest(search, "runs")
+    for index in range(2):
+        fail(search, index, full)
+    search.on_trial_result("runs", {"epoch": 5})  # one can be trained
+    fail(search, 2, full)
+    fail(search, 3, "the loss is nan at step 7")
+    for index in range(4, 6):
+        fail(search, index, full)
+    assert search.over() is None
+    fail(search, 6, full)
+    assert search.suggest("id7") == search.FINISHED
+    said = "3 trials in a row failed alike: OSError: No space left: train/TRIAL/state.pt; mend that, and resume"
+    assert search.over() == search.left() == said
+    assert records[running].state == "running"
+    assert make(Records.load(records.run), trials=50).over() is None
+
+
 def test_a_search_that_finds_nothing_new_ends_and_so_does_a_resumed_one(records, monkeypatch):
     monkeypatch.setattr(searcher, "MAX_UNTRAINED_IN_A_ROW", 5)
     fixed = {"families": {"cosine": {"start": 0.2, "end": 1, "tau": 1}}, "learning_rate": 1e-3, "dropout": 0.0}
