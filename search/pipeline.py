@@ -142,18 +142,18 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
     began.check_images(run, splits)
     records = Records.load(run)
     allowed = budget.Budget(config.budget, run, records)
+    left = tuner.trials_left(config, records)
+    trains = bool(left or config.confirmations)
+    if trains:
+        began.check_training(run, records, config)
     with connect.connected(address) as connection, Interrupt().handled() as interrupt:
         if connection.dashboard:
             console.print(f"Ray dashboard:  http://{connection.dashboard}")
         console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.at('tensorboard').uri)}")
-        left = tuner.trials_left(config, records)
-        trains = bool(left or config.confirmations)
         cluster = _with_room(config.room if trains else ONE_WORKER, connection, console)
         if not connection.local:
             check_shared(run)
-        if trains:
-            began.check_training(run, records, config)
-            if not connection.local:
+            if trains:
                 check_nodes_have_the_images(splits, console)
         config, reference, scorer, placement = _prepare(config, splits, cluster, console, run, trains)
         if left:
