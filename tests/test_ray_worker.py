@@ -105,7 +105,7 @@ class Heard(UserCallback):
 
 # On the head, which lives: what dies here are workers
 @ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})
-def train_in_a_task(config: dict[str, Any], run: str, probe: Probe) -> dict[str, Any]:
+def train_in_a_task(config: dict[str, Any], run: str, probe: Probe, images: str | None = None) -> dict[str, Any]:
     ray_worker.ELASTIC_START_SECONDS = 10
     return ray_worker.fit(
         TrainConfig.model_validate(config),
@@ -114,6 +114,7 @@ def train_in_a_task(config: dict[str, Any], run: str, probe: Probe) -> dict[str,
         score=probe,
         rungs=RUNGS,
         callbacks=[Heard(probe.folder)],
+        images=images,
     )
 
 
@@ -250,6 +251,22 @@ def test_too_little_memory_for_one_of_two_workers_is_the_reason_and_is_not_tried
     assert "set train.micro_batch to 256 (" in last["failure"]
     assert len((tmp_path / "scored").read_text().split()) == 1, "it was tried again"
     assert not Storage(tmp_path / "run").exists("train/trial/gave_up.json")
+
+
+def scenario_of_other_images(_: int, folder: str, temporary: str) -> None:
+    tmp_path = Path(folder)
+    with a_cluster(temporary) as made:
+        a_node(made)
+        config = CONFIG.model_copy(update={"workers": 1}).model_dump(mode="json")
+        run, probe = str(tmp_path / "run"), Probe(tmp_path)
+        ray.get(train_in_a_task.remote(config, run, probe, images="of another copy"), timeout=200)
+
+
+@pytest.mark.faults
+def test_other_images_on_a_node_are_the_reason_and_are_not_tried_again(tmp_path, tmp_path_factory):
+    mp.spawn(scenario_of_other_images, (str(tmp_path), str(tmp_path_factory.mktemp("r"))), nprocs=1)
+    (heard,) = (tmp_path / "heard").read_text().splitlines()
+    assert "give all nodes the same" in json.loads(heard)["failure"]
 
 
 def scenario_of_no_room(_: int, folder: str, temporary: str) -> None:

@@ -118,7 +118,8 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
-    splits = data.load_same(config.data, setup["images"])  # before any worker waits for another: it may decode
+    if worker.world_size > 1:
+        data.load_same(config.data, setup["images"])  # before any waits for another: it may decode for long
     checkpoints = run.at("train", setup["name"])
     found = checkpoint.latest(checkpoints, of=config) if worker.rank == 0 else None
     gave_up = checkpoints.read_json(GAVE_UP) if worker.rank == 0 and checkpoints.exists(GAVE_UP) else None
@@ -161,7 +162,7 @@ def _train_on_worker(setup: dict[str, Any]) -> None:
         with contextlib.closing(event_log) if event_log else contextlib.nullcontext(), uploader:
             loop.train(
                 config,
-                splits.train,
+                data.load_same(config.data, setup["images"]).train,
                 worker,
                 report,
                 resume=resume,
