@@ -184,8 +184,30 @@ def orchestration(result: dict[str, Any]) -> str:
                  "first step", "driver CPU s a trial", "MiB: driver / all processes"],
                 rows,
             ),
+            _aims(result),
         ]
     )  # fmt: skip
+
+
+def _aims(result: dict[str, Any]) -> str:
+    limits, reuse = result["limits"], result["runners"]["reuse"]
+    missed = [
+        words
+        for words, is_missed in (
+            (f"busy {reuse['busy']:.1%}", reuse["busy"] < limits["busy"]),
+            (f"gap {reuse['median_gap_seconds']:.2f} s", reuse["median_gap_seconds"] > limits["median_gap_seconds"]),
+            (
+                f"first step {reuse['first_step_seconds']:.1f} s",
+                reuse["first_step_seconds"] > limits["first_step_seconds"],
+            ),
+        )
+        if is_missed
+    ]
+    return (
+        f"The aims for `runner: reuse`: busy {limits['busy']:.0%} or more, a median gap of at most "
+        f"{limits['median_gap_seconds']:g} s, the first step within {limits['first_step_seconds']:g} s. "
+        f"Missed: {', '.join(missed) or 'nothing'}."
+    )
 
 
 def sampling_throughput(result: dict[str, Any]) -> str:
