@@ -159,7 +159,7 @@ def orchestration(result: dict[str, Any]) -> str:
         "reuse-asha": "`runner: reuse`, with early stopping",
         "plain": "two plain processes (the limit)",
     }
-    rows = []
+    rows, limits = [], result["limits"]
     for name, run in result["runners"].items():
         fewer = f", {run['trials']} trials" if run.get("trials", result["trials"]) != result["trials"] else ""
         rows.append([names[name] + fewer, f"{run['training_seconds_a_trial']:.1f}", f"{run['seconds']:.0f}"])
@@ -184,30 +184,25 @@ def orchestration(result: dict[str, Any]) -> str:
                  "first step", "driver CPU s a trial", "MiB: driver / all processes"],
                 rows,
             ),
-            _aims(result),
+            f"The aims for `runner: reuse`: busy {limits['busy']:.0%} or more, a median gap of at most "
+            f"{limits['median_gap_seconds']:g} s, the first step within {limits['first_step_seconds']:g} s. "
+            f"Missed: {', '.join(aims_missed(result)) or 'nothing'}.",
         ]
     )  # fmt: skip
 
 
-def _aims(result: dict[str, Any]) -> str:
-    limits, reuse = result["limits"], result["runners"]["reuse"]
-    missed = [
-        words
-        for words, is_missed in (
-            (f"busy {reuse['busy']:.1%}", reuse["busy"] < limits["busy"]),
-            (f"gap {reuse['median_gap_seconds']:.2f} s", reuse["median_gap_seconds"] > limits["median_gap_seconds"]),
-            (
-                f"first step {reuse['first_step_seconds']:.1f} s",
-                reuse["first_step_seconds"] > limits["first_step_seconds"],
-            ),
-        )
-        if is_missed
-    ]
-    return (
-        f"The aims for `runner: reuse`: busy {limits['busy']:.0%} or more, a median gap of at most "
-        f"{limits['median_gap_seconds']:g} s, the first step within {limits['first_step_seconds']:g} s. "
-        f"Missed: {', '.join(missed) or 'nothing'}."
+def aims_missed(result: dict[str, Any]) -> list[str]:
+    """What `runner: reuse` missed of orchestration's aims, each with its figure."""
+    limits, reuse = result["limits"], result["runners"].get("reuse")
+    if reuse is None:
+        return []
+    busy, gap, first = (reuse[name] for name in ("busy", "median_gap_seconds", "first_step_seconds"))
+    judged = (
+        (f"busy {busy:.1%}", busy < limits["busy"]),
+        (f"gap {gap:.2f} s", gap > limits["median_gap_seconds"]),
+        (f"first step {first:.1f} s", first > limits["first_step_seconds"]),
     )
+    return [words for words, is_missed in judged if is_missed]
 
 
 def sampling_throughput(result: dict[str, Any]) -> str:
