@@ -27,7 +27,7 @@ test: lint
 test-fast: .venv/installed
 	$(PYTEST) $(BY_TWO) -m "not slow"
 
-# Kills workers, nodes, drivers and heads of clusters of several nodes on this machine; 40 minutes.
+# Kills workers, nodes, drivers and heads of clusters of several nodes on this machine; 40 to 50 minutes.
 test-faults: .venv/installed
 	$(BIN)/python -m pytest -m faults
 

@@ -1,6 +1,6 @@
 """docs/benchmarks.md, and the tables in docs/training.md and docs/measure.md, from docs/results/*.json.
 
-No figure in them is typed by hand.
+No measured figure in them is typed by hand.
 
 python -m benchmarks.tables
 """
@@ -72,7 +72,9 @@ def train_throughput(result: dict[str, Any]) -> str:
     first = f"U-Net {result['parameters'] / 1e6:.1f}M, 32x32, batch {result['batch_size']}, {where}"
     return "\n\n".join(
         [
-            _table([first, "images/s", f"this loop is faster by, median of {len(ours)} turns (range)", memory], rows),
+            _table(
+                [first, "images/s", f"this loop's speed over its, median of {len(ours)} turns (range)", memory], rows
+            ),
             f"Their losses over {agreement['steps']} steps on the same batches differ by at most "
             f"{agreement['largest_relative_difference']:.0e} of their value "
             f"([figures](results/train_throughput_{device}.json), commit {result['commit']}, seed {result['seed']}).",
@@ -87,7 +89,7 @@ def search_efficiency(result: dict[str, Any]) -> str:
         cells = [
             _interval(method["full_trainings_until_quality"], 1),
             _interval(method["cost_ratio_to_random"], 2),
-            f"{method['reached']:.0%}",
+            f"{method['reached']:.1%}",
             _interval(method["chosen_frechet_at_equal_cost"], 1),
         ]
         rows.append([name, *cells])
@@ -145,7 +147,7 @@ def simulate_scale(result: dict[str, Any]) -> str:
             "driver's share are until the last trial was begun.",
             _table(
                 ["workers", "trials", "workers busy", "driver busy", "ms an event", "ms a suggestion, first → last "
-                 "tenth", "suggestions' share", "memory, MiB"],
+                 "tenth", "suggestions' share", "peak MiB above the rows before"],
                 rows,
             ),
         ]
@@ -227,7 +229,7 @@ def sampling_throughput(result: dict[str, Any]) -> str:
             f"{result['largest_difference_from_DDPMPipeline']} of 255. Memory is the peak above the loaded model and "
             "one short sampling, by the number of steps.",
             _table(
-                ["", "images/s", "this sampler is faster by", *(f"MiB, {steps} steps" for steps in memory["ours"])],
+                ["", "images/s", "this sampler's speed over its", *(f"MiB, {steps} steps" for steps in memory["ours"])],
                 rows,
             ),
         ]
@@ -263,7 +265,7 @@ def soak(result: dict[str, Any]) -> str:
         [
             "## Something dies every twenty seconds",
             f"{result['minutes']:g} minutes of a search of short trials, two at once on two cores, of which something "
-            f"was killed every 20 s: {killed}. The search came to its own end ({result['ended']}). Trials: {states}; "
+            f"was killed every 20 s: {killed}. The search's end: {result['ended']}. Trials: {states}; "
             f"broken: {len(result['broken_trials'])}; epochs trained twice: {result['epochs_trained_twice']}; "
             f"checkpoints kept of a trial: {result['most_checkpoints_kept_of_a_trial']} at most; processes left: "
             f"{len(result['processes_left'])}. A trial that was killed more often than it may be started again (three "

@@ -263,7 +263,7 @@ def main() -> None:
         result |= _utilisation(config, images_per_second["ours"])
     write(f"train_{'switches' if arguments.switches else 'throughput'}_{device.type}", result)
 
-    table = Table("", "images/s", "ours is faster by", "peak memory, MiB")
+    table = Table("", "images/s", "our speed over its", "peak memory, MiB")
     for name, speed in images_per_second.items():
         ratio = f"{ratios[name]:.2f}x" if name in ratios else ""
         table.add_row(name, f"{speed:.1f}", ratio, f"{memory[name]:.0f}")

@@ -66,7 +66,7 @@ def in_ray_train(run: Storage, rungs: list[int], worker: dict[str, float]) -> Ca
 def in_reused_process(run: Storage, rungs: list[int]) -> Callable[..., None]:
     """As `in_ray_train`, for one worker, in the trial's own process, which Tune hands from trial to trial.
 
-    Starting a worker group costs 8 to 17 s on 2 cores, the next trial in a process that is warm none of that.
+    Starting a worker group takes far longer than the next trial in a process that is warm: docs/benchmarks.md.
     """
 
     def trial(config: dict[str, Any], scorer: RungScorer) -> None:
