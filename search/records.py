@@ -20,6 +20,7 @@ FILE = "trials.parquet"
 State = Literal["waiting", "running", "completed", "stopped", "screened", "reused", "failed"]
 OPEN = ("waiting", "running")  # still to be trained: not begun, and begun
 ENDED = ("completed", "stopped", "failed")  # of those that were trained
+UNTRAINED = ("screened", "reused")  # listed, and not counted in `trials`
 NOT_CHOSEN = "not among those that the newest ranking confirms"  # why a confirmation waits: it may be chosen again
 RUNG_METRICS = get_args(Metric)
 SMALL = 200  # rows; a larger table takes longer to write, and is not written at every change

@@ -16,11 +16,10 @@ from search import samplers, space, study
 from search.budget import Budget
 from search.config import SearchConfig, UserError
 from search.driver_only import DriverOnly
-from search.records import OPEN, Records, Row
+from search.records import OPEN, UNTRAINED, Records, Row
 from search.reuse import reused
 
 MAX_UNTRAINED_IN_A_ROW = 200  # screened and reused ones: then there is nothing new to be found in the space
-UNTRAINED = ("screened", "reused")
 ALIKE = 3  # failures in a row, none coming to a rung meanwhile: what would be begun next would fail like them
 
 
@@ -65,6 +64,7 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         self.copied = True  # all that has ended
         self.ended: str | None = None
         self.exhausted: str | None = None
+        self.alike: str | None = None  # said once, it holds: Tune has then been told that nothing more comes
         self._ot_study.stop = self._exhausted  # what grids call, and Optuna allows in its own loop only
         self._keys: dict[str, str] = {}  # Tune's trial id → our stable key
         self._unfinished: list[Row] = []
@@ -80,7 +80,6 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
                 self._unfinished.append(row)
             elif self._outcome(row).state not in OPEN:
                 self._remember(row)
-
         samplers.take_up(self._ot_study)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -116,8 +115,8 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         return self._nothing()
 
     def _nothing(self) -> str | None:
-        may_come = self.ended is None and any(row.same_as and self._outcome(row).state in OPEN for row in self.records)
-        return None if may_come else str(Searcher.FINISHED)
+        may_come = any(row.same_as and self._outcome(row).state in OPEN for row in self.records)
+        return None if may_come and not (self.ended or self.alike) else str(Searcher.FINISHED)
 
     def over(self) -> str | None:
         """Why no trial is begun any more, or None.
@@ -127,7 +126,9 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         Raises UserError where nothing in the space passes the screen.
         """
         if self._failing[-ALIKE:] == ALIKE * self._failing[-1:] != []:
-            return f"{ALIKE} trials in a row failed alike: {self._failing[-1]}; mend that, and resume"
+            self.alike = f"{ALIKE} trials in a row failed alike: {self._failing[-1]}; mend that, and resume"
+        if self.alike:
+            return self.alike
         if self.ended is None and self.budget:
             self.ended = self.budget.spent()
         if self.ended is None and not self._unfinished and self._untrained_in_a_row() >= MAX_UNTRAINED_IN_A_ROW:
@@ -161,17 +162,17 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
             self._failing.clear()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        key = self._keys.pop(trial_id, None)
-        if key is None:
+        if (key := self._keys.pop(trial_id, None)) is None:
             return  # told already
         row = self.records[key]
         if error and row.state == "running":
             row = self.records.update(row.trial, state="failed")
-        if row.state == "failed":
-            self._failing.append(str(row.reason).replace(row.trial, "TRIAL"))
-        if row.state != "running":  # else the search was interrupted, and the trial will be resumed
-            self._tell(trial_id, row)
-            self._tell_reused(row)
+        if row.state == "running":
+            return  # the search was interrupted, and the trial will be resumed
+        # One that is stopped at its first rung came to it: of that rung, Tune tells this end alone.
+        self._failing = [*self._failing, str(row.reason).replace(row.trial, "TRIAL")] if row.state == "failed" else []
+        self._tell(trial_id, row)
+        self._tell_reused(row)
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """Nothing: Tune would pickle this object; the record is what a search is resumed from."""

@@ -660,7 +660,33 @@ def test_trials_that_fail_alike_end_the_search_and_leave_the_others_to_be_traine
     said = "3 trials in a row failed alike: OSError: No space left: train/TRIAL/state.pt; mend that, and resume"
     assert search.over() == search.left() == said
     assert records[running].state == "running"
+    search.on_trial_result("runs", {"epoch": 5})  # too late: Tune was told that nothing more comes
+    assert search.left() == said
     assert make(Records.load(records.run), trials=50).over() is None
+
+
+def test_a_trial_that_is_stopped_at_its_first_rung_came_to_one(records):
+    """Of such a one Tune tells its end alone, not its result."""
+    search = make(records, trials=50)
+    for index in range(0, 8, 2):
+        trial = suggest(search, f"id{index}")
+        records.update(trial, state="failed", reason="too little memory")
+        search.on_trial_complete(f"id{index}")
+        suggest(search, f"id{index + 1}")
+        finish(search, f"id{index + 1}", "stopped", 9.0)
+        assert search.over() is None
+
+
+def test_failures_alike_end_a_search_though_one_waits_for_them_whose_equal_waits_too(records):
+    search = make(records, [INSIDE, near(start=0.203), near(start=0.204)], trials=50)
+    trials = [suggest(search, f"id{index}") for index in range(3)]
+    assert [row.state for row in records] == ["running", "reused", "reused", "running", "running"]
+    for index, trial in reversed(list(enumerate(trials))):
+        records.update(trial, state="failed", reason="too little memory")
+        search.on_trial_complete(f"id{index}")
+    assert [row.state for row in records] == ["failed", "waiting", "reused", "failed", "failed"]
+    assert search.suggest("id3") == search.FINISHED  # not None, for which Tune would ask for ever
+    assert "failed alike" in str(search.left())
 
 
 def test_a_search_that_finds_nothing_new_ends_and_so_does_a_resumed_one(records, monkeypatch):
