@@ -143,7 +143,7 @@ def draw(
                 idle.append(worker())
                 continue
             except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, TooLittleMemoryError):
+                if isinstance(error.cause, TooLittleMemoryError | OSError):  # such as of a full disk
                     raise error.cause from error
                 raise
             idle.append(actor)

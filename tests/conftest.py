@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -60,6 +61,23 @@ def rung() -> Callable[..., dict[str, Any]]:
         return {"epoch": epoch, "frechet": frechet, "score": score, "grid_loss": grid_loss}
 
     return make
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """disk(bytes): the folder of a file system of that size."""
+    folder = tmp_path / "disk"
+
+    def make(size: int) -> Path:
+        folder.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
+        if done.returncode:
+            pytest.skip(f"may not mount a small file system: {done.stderr.decode()}")
+        return folder
+
+    yield make
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 import errno
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import optuna
@@ -28,23 +26,6 @@ SMALL = [
     "train.data.subset=64",
     "train.batch_size=32",
 ]
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """disk(bytes): the folder of a file system of that size."""
-    folder = tmp_path / "disk"
-
-    def make(size: int) -> Path:
-        folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
-        if done.returncode:
-            pytest.skip(f"may not mount a small file system: {done.stderr.decode()}")
-        return folder
-
-    yield make
-    if folder.is_mount():
-        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def fill(folder: Path, left: int = 0) -> None:

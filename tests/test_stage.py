@@ -26,6 +26,8 @@ from evaluation.reference import Reference, prepare
 from evaluation.scores import FeatureStatistics
 from evaluation.shards import Candidate, extraction_of, is_done, kept_images, results, shards_of
 from evaluation.stage import ShardWorker
+from search.config import UserError
+from search.disk import full_disk_said
 from trainer import checkpoint, data, model
 from trainer.config import DataConfig, ModelConfig, ScheduleConfig, TrainConfig
 from trainer.failures import TooLittleMemoryError
@@ -449,3 +451,16 @@ def test_a_worker_that_has_lost_its_place_gets_that_of_one_with_nothing_to_do(ru
         assert all(run.exists(shard.path) for shard in shards)
     finally:
         ray.kill(taken)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(200)
+def test_a_disk_that_fills_up_in_an_actor_is_said_with_the_way_on(reference, local_ray, disk):
+    run = Storage(disk(2**20))
+    candidate = train(run, "good", 1)
+    free = os.statvfs(run.root)
+    Path(run.root, "filler").write_bytes(bytes(free.f_bavail * free.f_bsize))
+    with pytest.raises(UserError, match="no room is left at") as said, full_disk_said(run):
+        stage.draw(run, [candidate], CONFIG, reference, 1, use_gpu=False)
+    assert f"ddpm-search resume {run.uri}" in str(said.value)
