@@ -22,7 +22,7 @@ from search import began, budget, confirm, disk, lease, plan, tables, trial_cost
 from search.config import SearchConfig, UserError
 from search.interrupt import Interrupt, resume_command
 from search.outcome import check_ranked, finish, versions
-from search.prepare import check_nodes_have_the_images, check_shared, choose_metric, reference_of
+from search.prepare import check_nodes, choose_metric, reference_of
 from search.records import Records
 from search.runs import CONFIG, RANKING
 from trainer import data
@@ -152,9 +152,7 @@ def _go(config: SearchConfig, run: Storage, splits: Splits, address: str | None,
         console.print(f"TensorBoard:    tensorboard --logdir {shlex.quote(run.at('tensorboard').uri)}")
         cluster = _with_room(config.room if trains else ONE_WORKER, connection, console)
         if not connection.local:
-            check_shared(run)
-            if trains:
-                check_nodes_have_the_images(splits, console)
+            check_nodes(run, splits, trains, console)
         config, reference, scorer, placement = _prepare(config, splits, cluster, console, run, trains)
         if left:
             began.check_judge(run, records, config, scorer.metric, reference)
@@ -253,7 +251,7 @@ def evaluate_again(
             trains = asked.confirmations > 0
             cluster = _with_room(asked.room if trains else ONE_WORKER, connection, console)
             if not connection.local:
-                check_shared(run)
+                check_nodes(run, splits, trains, console)
             if trains:
                 began.check_training(run, records, config)
             asked, reference, scorer, _ = _prepare(asked, splits, cluster, console, run, trains)

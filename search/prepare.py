@@ -44,8 +44,15 @@ def preflight(config: SearchConfig, console: Console) -> Splits:
     return splits
 
 
-def check_shared(run: Storage) -> None:
-    """Raises UserError where a node does not see the run: its trials would train, and be lost."""
+def check_nodes(run: Storage, splits: Splits, trains: bool, console: Console) -> None:
+    """Raises UserError where a node does not see the run or, where something is to be trained, has other images."""
+    _check_shared(run)
+    if trains:
+        _check_images(splits, console)
+
+
+def _check_shared(run: Storage) -> None:
+    """Where a node does not see the run, its trials would train, and be lost."""
     from cluster import nodes
 
     living = nodes.living()
@@ -59,8 +66,8 @@ def check_shared(run: Storage) -> None:
         )
 
 
-def check_nodes_have_the_images(splits: Splits, console: Console) -> None:
-    """Raises UserError where a node that may train has others; those that have not decoded them yet do it now."""
+def _check_images(splits: Splits, console: Console) -> None:
+    """Of every node that may train; those that have not decoded them yet do it now."""
     from cluster import nodes
 
     living = nodes.living()

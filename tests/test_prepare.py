@@ -1,17 +1,19 @@
 """What a run needs before it starts: who reads its images."""
 
+import contextlib
 import dataclasses
 import io
-from types import SimpleNamespace
-from typing import Any
+import platform
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from search import prepare
+from cluster import connect
+from search import pipeline, prepare
 from search.config import UserError
 from search.config_file import load
+from search.runs import CONFIG
 from trainer import data
 from trainer.storage import Storage
 
@@ -49,12 +51,20 @@ def test_a_node_with_a_gpu_reads_the_real_images_where_the_driver_has_none(tmp_p
 
 
 @pytest.mark.ray
-def test_a_node_that_has_other_images_is_refused_before_anything_trains(local_ray):
-    splits = data.load(load("digits").train.data)
-    prepare.check_nodes_have_the_images(splits, QUIET)
-    others: Any = SimpleNamespace(config=splits.config, key=lambda: "of another copy")
-    with pytest.raises(UserError, match=r"on node .*: train\.data\.name: digits has other images on "):
-        prepare.check_nodes_have_the_images(others, QUIET)
+def test_a_node_that_has_other_images_is_refused_before_anything_trains(local_ray, tmp_path, monkeypatch):
+    joined = contextlib.nullcontext(connect.Connection("", local=False))  # local_ray, as if it were elsewhere
+    monkeypatch.setattr(connect, "connected", lambda address: joined)
+    config, run = load("digits", ["final.confirm.top=1"]), Storage(tmp_path / "run")
+    run.write(CONFIG, b"")
+    splits = data.load(config.train.data)
+    prepare.check_nodes(run, splits, True, QUIET)
+    others = dataclasses.replace(splits, meta=splits.meta | {"key": "of another copy"})
+    said = r"on node .*: train\.data\.name: digits has other images on "
+    prepare.check_nodes(run, others, False, QUIET)
+    with pytest.raises(UserError, match=said):
+        pipeline.go(config, run, others, "auto", QUIET)
+    with pytest.raises(UserError, match=said):
+        pipeline.evaluate_again(config, config.final, run, others, "auto", QUIET)
 
 
 def test_a_trial_refuses_other_images_than_its_search_has():
@@ -63,3 +73,5 @@ def test_a_trial_refuses_other_images_than_its_search_has():
     assert data.load_same(config, key).key() == data.load_same(config, None).key() == key
     with pytest.raises(ValueError, match="give all nodes the same"):
         data.load_same(config, "of another copy")
+    with pytest.raises(ValueError, match=f"there is no folder /nope.*on node {platform.node()}"):
+        data.load_same(config.model_copy(update={"name": "folder:/nope"}), key)

@@ -95,8 +95,14 @@ def load(config: DataConfig) -> Splits:
 
 
 def load_same(config: DataConfig, key: str | None) -> Splits:
-    """`load` where a search has images of this key: nodes may have copies of their own. Raises ValueError too."""
-    splits = load(config)
+    """`load` where a search has images of this key: nodes may have copies of their own.
+
+    Raises ValueError where this node has another or none, which no further try would change, and OSError as `load`.
+    """
+    try:
+        splits = load(config)
+    except FileNotFoundError as error:
+        raise ValueError(f"{error} (on node {platform.node()})") from error
     if key is not None and splits.key() != key:
         raise ValueError(
             f"data.name: {config.name} has other images on {platform.node()} than where the search began; give all "
