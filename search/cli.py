@@ -13,7 +13,7 @@ from evaluation.config import SamplerName
 from search import cluster_verbs, schedule_verbs
 from search.config import UserError
 from search.config_file import load
-from search.options import Address, Json, Set, console, home
+from search.options import Address, Json, Name, Set, console, home
 from trainer.config import SEEDS, Weights
 
 app = typer.Typer(
@@ -38,9 +38,7 @@ def _given(**options: Any) -> dict[str, Any]:
 def run(
     config: Config,
     set_: Set = None,
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The run's name; its folder is STORAGE/NAME.")
-    ] = None,
+    name: Name = None,
     storage: Annotated[str, typer.Option(metavar="STORAGE", help="A folder, or such as s3://bucket/folder.")] = "runs",
     address: Address = "local",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with its cost, and stop.")] = False,

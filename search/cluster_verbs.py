@@ -16,7 +16,7 @@ from rich.text import Text
 from evaluation.report_words import count
 from search.config import SearchConfig, UserError
 from search.config_file import load
-from search.options import Address, Json, Set, console
+from search.options import Address, Json, Name, Set, console
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -132,9 +132,7 @@ HERE = "http://127.0.0.1:8265"
 def submit_(
     config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file, or a shipped name.")] = None,
     set_: Set = None,
-    name: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The run's name; its folder is STORAGE/NAME.")
-    ] = None,
+    name: Name = None,
     storage: Annotated[
         str, typer.Option(metavar="STORAGE", help="A folder of every node, or s3://bucket/folder.")
     ] = "",

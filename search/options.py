@@ -24,6 +24,7 @@ def home(path: Path | None) -> Path | None:
 Address = Annotated[
     str, typer.Option(metavar="ADDRESS", help="local starts a Ray here; auto or HOST:PORT joins one that runs.")
 ]
+Name = Annotated[str | None, typer.Option(metavar="NAME", help="The run's name; its folder is STORAGE/NAME.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Set = Annotated[
     list[str] | None,

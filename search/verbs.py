@@ -112,8 +112,10 @@ def train(config: SearchConfig, out: Path, console: Console) -> None:
     others = set(folder.names()) - set(checkpoint.names(folder))  # beside broken ones: it was cut before its first
     if found is None and not all(name.startswith("events.out.tfevents.") for name in others):
         raise UserError(f"--out {out} is not empty and holds no training; give a new folder")
-    if found is not None and found[1].config.learned() != config.train.learned():
-        raise UserError(f"--out {out} holds a training of another configuration; give another --out")
+    if found is not None:
+        then, now = found[1].config, config.train
+        if (then.learned(), then.data.name) != (now.learned(), now.data.name):
+            raise UserError(f"--out {out} holds a training of another configuration; give another --out")
     if reason := schedules.screen(**config.train.schedule.model_dump()):
         console.print(f"A search would leave this schedule out: {reason}")
     splits = preflight(config, console)

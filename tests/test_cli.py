@@ -194,6 +194,10 @@ def test_a_training_of_a_schedule_that_a_search_would_screen_says_so(command, en
     status, out, _ = command("train", "digits", "--out", str(tmp_path / "t"), *(f"--set={one}" for one in chosen))
     assert status == 0
     assert ("would leave this schedule out: prior KL" in out) == warned
+    # Of another place nobody knows whether its images are these; a search compares their key.
+    for other in ("train.data.name=folder:elsewhere", "train.seed=5"):
+        again = (*(f"--set={one}" for one in chosen), f"--set={other}")
+        refused(command("train", "digits", "--out", str(tmp_path / "t"), *again), "of another configuration", "--out")
 
 
 @pytest.mark.parametrize(

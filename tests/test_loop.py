@@ -296,7 +296,7 @@ def test_checkpoints_come_by_the_clock_by_epochs_at_rungs_and_at_the_end():
 def test_a_resumed_training_may_change_what_changes_nothing_that_is_learned():
     free = {"micro_batch": 2, "workers": 3, "min_workers": 1, "checkpoint_epochs": 1, "speed": SpeedConfig(bf16=True)}
     assert TINY.model_copy(update=free).learned() == TINY.learned()
-    elsewhere = TINY.data.model_copy(update={"root": "/mnt/data", "download": True})
+    elsewhere = TINY.data.model_copy(update={"root": "/mnt", "download": True, "name": "folder:/mnt/images"})
     assert TINY.model_copy(update={"data": elsewhere}).learned() == TINY.learned()
     other = TINY.data.model_copy(update={"seed": 1})
     assert TINY.model_copy(update={"data": other}).learned() != TINY.learned()

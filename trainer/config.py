@@ -228,7 +228,10 @@ class TrainConfig(Config):
         return self
 
     def learned(self) -> dict[str, Any]:
-        """All but what may be another when a training is resumed, since it changes nothing that is learned."""
+        """All but what may be another when a training is resumed, since it changes nothing that is learned.
+
+        Where the images lie says nothing of which they are: a search compares their key, `train` asks for one place.
+        """
         free = ("micro_batch", "checkpoint_seconds", "checkpoint_epochs", "hang_seconds", "speed")
-        exclude = dict.fromkeys((*free, "workers", "min_workers"), True) | {"data": {"root", "download"}}
+        exclude = dict.fromkeys((*free, "workers", "min_workers"), True) | {"data": {"name", "root", "download"}}
         return self.model_dump(exclude=exclude)
