@@ -246,14 +246,14 @@ def evaluate_again(
     with disk.full_disk_said(run), lease.held(run):
         began.check_images(run, splits)
         records = Records.load(run)
+        asked = config.model_copy(update={"final": final})
+        trains = asked.confirmations > 0
+        if trains:
+            began.check_training(run, records, config)
         with connect.connected(address) as connection, Interrupt().handled() as interrupt:
-            asked = config.model_copy(update={"final": final})
-            trains = asked.confirmations > 0
             cluster = _with_room(asked.room if trains else ONE_WORKER, connection, console)
             if not connection.local:
                 check_nodes(run, splits, trains, console)
-            if trains:
-                began.check_training(run, records, config)
             asked, reference, scorer, _ = _prepare(asked, splits, cluster, console, run, trains)
             if reference is None:
                 raise UserError(

@@ -77,7 +77,7 @@ def _check_images(splits: Splits, console: Console) -> None:
         found = nodes.on_each(training, lambda: data.load_same(config, key) and None, timeout_s=DECODE_SECONDS)
     for node, error in zip(training, found, strict=True):
         if isinstance(error, ValueError | OSError):
-            raise UserError(f"on node {node.name}: train.{error}")
+            raise UserError(f"on node {node.name}: train.{str(error).partition(data.ON_NODE)[0]}")
 
 
 def _check_fits(training: TrainConfig, where: str, splits: Splits) -> None:

@@ -18,6 +18,7 @@ from search.config import SearchConfig, UserError
 from search.driver_only import DriverOnly
 from search.records import OPEN, UNTRAINED, Records, Row
 from search.reuse import reused
+from trainer.data import ON_NODE
 
 MAX_UNTRAINED_IN_A_ROW = 200  # screened and reused ones: then there is nothing new to be found in the space
 ALIKE = 3  # failures in a row, none coming to a rung meanwhile: what would be begun next would fail like them
@@ -45,7 +46,7 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         old_rows: int = 0,
     ):
         self.config, self.metric_name, self.records, self.budget = config, metric, records, budget
-        self._old_rows = old_rows
+        self._old_rows, self.copied = old_rows, True  # copied: all that has ended
         # A resumed search must not draw again what it drew before; a fresh one depends on the seed alone.
         sampler = samplers.make(config, drawn=len(records))
         super().__init__(
@@ -61,7 +62,6 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         self._copy = optuna.create_study(
             storage=storage, study_name=config.name, directions=self._ot_study.directions, load_if_exists=True
         )
-        self.copied = True  # all that has ended
         self.ended: str | None = None
         self.exhausted: str | None = None
         self.alike: str | None = None  # said once, it holds: Tune has then been told that nothing more comes
@@ -157,7 +157,7 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         return self.over() or self.ended
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Rungs are told when a trial ends, from the record, the deciding one included."""
+        """Rungs are told when a trial ends, from the record. Of one that stops a trial, Tune tells that end alone."""
         if result.get("epoch") is not None:
             self._failing.clear()
 
@@ -169,8 +169,8 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
             row = self.records.update(row.trial, state="failed")
         if row.state == "running":
             return  # the search was interrupted, and the trial will be resumed
-        # One that is stopped at its first rung came to it: of that rung, Tune tells this end alone.
-        self._failing = [*self._failing, str(row.reason).replace(row.trial, "TRIAL")] if row.state == "failed" else []
+        reason = str(row.reason).replace(row.trial, "TRIAL").partition(ON_NODE)[0]
+        self._failing = [*self._failing, reason] if row.state == "failed" else []
         self._tell(trial_id, row)
         self._tell_reused(row)
 

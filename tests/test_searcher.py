@@ -19,6 +19,7 @@ from search.space_config import KnownPoint
 from search.tuner import trials_left
 from trainer import schedules
 from trainer.config import TrainConfig
+from trainer.data import ON_NODE
 from trainer.storage import Storage
 
 CONFIG = load("digits")
@@ -641,7 +642,7 @@ def test_a_grid_s_confirmations_are_all_trained_though_it_is_exhausted(records, 
 def test_trials_that_fail_alike_end_the_search_and_leave_the_others_to_be_trained(records):
     def fail(search: HonestOptunaSearch, index: int, reason: str) -> None:
         trial = suggest(search, f"id{index}")
-        records.update(trial, state="failed", reason=reason.format(trial))
+        records.update(trial, state="failed", reason=reason.format(trial) + f"{ON_NODE}node{index})")
         search.on_trial_complete(f"id{index}")
 
     full = "OSError: No space left: train/{}/state.pt"

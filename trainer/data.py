@@ -24,6 +24,7 @@ AT_A_PATH: dict[str, Callable[[Path, DataConfig], datasets.Source]] = {
     "parquet": parquet.find,
     "folder": datasets.folder,
 }
+ON_NODE = " (on node "  # behind what is wrong there: the same on two nodes is alike but for this
 CACHE_VERSION = 4  # raised whenever the same files and settings come to give other pixels or splits, or are refused
 
 
@@ -97,16 +98,16 @@ def load(config: DataConfig) -> Splits:
 def load_same(config: DataConfig, key: str | None) -> Splits:
     """`load` where a search has images of this key: nodes may have copies of their own.
 
-    Raises ValueError where this node has another or none, which no further try would change, and OSError as `load`.
+    Raises ValueError where this node has another or none, its name last (ON_NODE), and OSError as `load`.
     """
     try:
         splits = load(config)
     except FileNotFoundError as error:
-        raise ValueError(f"{error} (on node {platform.node()})") from error
+        raise ValueError(f"{error}{ON_NODE}{platform.node()})") from error
     if key is not None and splits.key() != key:
         raise ValueError(
-            f"data.name: {config.name} has other images on {platform.node()} than where the search began; give all "
-            "nodes the same"
+            f"data.name: {config.name} has other images than where the search began; give all nodes the same"
+            f"{ON_NODE}{platform.node()})"
         )
     return splits
 
