@@ -244,6 +244,13 @@ class _Watcher(DriverOnly, Callback):
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self.budget.tick()
+        for one in trials:
+            # Where a process cannot be reused, Tune fails the trial that was to have it, and tells nobody.
+            if one.status == "ERROR" and one.trial_id in self.room.limiter.live_trials:
+                key = one.config["trial"]
+                self.records.update(key, reason="its process still stored what the trial before it left, and was lost")
+                self.room.limiter.on_trial_complete(one.trial_id, error=True)
+                self._ended(key)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.changed()

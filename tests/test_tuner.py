@@ -1,9 +1,12 @@
 """What the search does while nodes come and go."""
 
 import io
+from pathlib import Path
+from typing import Any
 
 import pytest
 from optuna.storages import InMemoryStorage
+from ray.tune.experiment import Trial
 from ray.tune.search import ConcurrencyLimiter
 from rich.console import Console
 
@@ -14,7 +17,7 @@ from search.config import BudgetConfig
 from search.config_file import load
 from search.interrupt import Interrupt
 from search.searcher import HonestOptunaSearch
-from search.tuner import _Room, _Stop, why_over
+from search.tuner import _Room, _Stop, _Watcher, why_over
 from trainer.config import TrainConfig
 
 
@@ -79,6 +82,25 @@ def test_a_trial_that_goes_on_with_fewer_workers_does_not_wait(begun, said):
         begun(1, 1, workers=8, min_workers=least).look(Capacity((HEAD, GPUS)))
         assert said.file.getvalue().startswith(words)
         assert bool(said.file.getvalue()) is bool(words)
+
+
+def test_a_trial_whose_process_could_not_be_reused_has_failed_and_gives_its_place_back(begun, records):
+    """As TuneController._on_trial_reset leaves it: no scheduler, searcher or callback has heard of it."""
+    room = begun(1, fit=1)
+    (row,) = records
+    never: Any = None
+    spared = budget.Budget(BudgetConfig(), records.run, records)
+    watcher = _Watcher(records.run, records, Path("journal"), lambda: None, spared, room, never, never)
+    trial = Trial("stub", trial_id="0", config={"trial": row.trial}, stub=True)
+    watcher.on_step_end(1, [trial])
+    assert records[row.trial].state == "running"
+    trial.set_status(Trial.ERROR)
+    for _ in range(2):
+        watcher.on_step_end(2, [trial])
+        assert records[row.trial].state == "failed"
+        assert "was lost" in str(records[row.trial].reason)
+        assert not room.limiter.live_trials
+    assert isinstance(room.limiter.suggest("next"), dict)
 
 
 def test_a_budget_that_cut_the_last_trials_is_why_the_search_ended(records, row):
