@@ -13,15 +13,14 @@ from ray.tune.search.optuna import OptunaSearch
 
 from evaluation.analysis import NOT_RESUMED
 from search import samplers, space, study
+from search.alike import FailingAlike
 from search.budget import Budget
 from search.config import SearchConfig, UserError
 from search.driver_only import DriverOnly
 from search.records import OPEN, UNTRAINED, Records, Row
 from search.reuse import reused
-from trainer.data import ON_NODE
 
 MAX_UNTRAINED_IN_A_ROW = 200  # screened and reused ones: then there is nothing new to be found in the space
-ALIKE = 3  # failures in a row, none coming to a rung meanwhile: what would be begun next would fail like them
 
 
 class HonestOptunaSearch(DriverOnly, OptunaSearch):
@@ -64,11 +63,10 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         )
         self.ended: str | None = None
         self.exhausted: str | None = None
-        self.alike: str | None = None  # said once, it holds: Tune has then been told that nothing more comes
+        self.alike = FailingAlike()
         self._ot_study.stop = self._exhausted  # what grids call, and Optuna allows in its own loop only
         self._keys: dict[str, str] = {}  # Tune's trial id → our stable key
         self._unfinished: list[Row] = []
-        self._failing: list[str] = []  # why, since any came to a rung
         tried = [space.identity(config, space.params_of(vars(row))) for row in records if row.source == "known"]
         points = [(point, space.identity(config, space.known_params(config, point))) for point in config.known_points]
         self._known = [point for point, known in points if known not in tried]
@@ -116,7 +114,7 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
 
     def _nothing(self) -> str | None:
         may_come = any(row.same_as and self._outcome(row).state in OPEN for row in self.records)
-        return None if may_come and not (self.ended or self.alike) else str(Searcher.FINISHED)
+        return None if may_come and not (self.ended or self.alike.said) else str(Searcher.FINISHED)
 
     def over(self) -> str | None:
         """Why no trial is begun any more, or None.
@@ -125,10 +123,8 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         stopped where it is; but what is past its last rung is finished first.
         Raises UserError where nothing in the space passes the screen.
         """
-        if self._failing[-ALIKE:] == ALIKE * self._failing[-1:] != []:
-            self.alike = f"{ALIKE} trials in a row failed alike: {self._failing[-1]}; mend that, and resume"
-        if self.alike:
-            return self.alike
+        if self.alike.said:
+            return self.alike.said
         if self.ended is None and self.budget:
             self.ended = self.budget.spent()
         if self.ended is None and not self._unfinished and self._untrained_in_a_row() >= MAX_UNTRAINED_IN_A_ROW:
@@ -157,9 +153,9 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
         return self.over() or self.ended
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Rungs are told when a trial ends, from the record. Of one that stops a trial, Tune tells that end alone."""
-        if result.get("epoch") is not None:
-            self._failing.clear()
+        """Rungs are told when a trial ends, from the record, the deciding one included."""
+        if result.get("epoch") is not None and trial_id in self._keys:
+            self.alike.reported(self._keys[trial_id], result["epoch"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if (key := self._keys.pop(trial_id, None)) is None:
@@ -169,8 +165,7 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
             row = self.records.update(row.trial, state="failed")
         if row.state == "running":
             return  # the search was interrupted, and the trial will be resumed
-        reason = str(row.reason).replace(row.trial, "TRIAL").partition(ON_NODE)[0]
-        self._failing = [*self._failing, reason] if row.state == "failed" else []
+        self.alike.ended(row)
         self._tell(trial_id, row)
         self._tell_reused(row)
 
@@ -179,6 +174,7 @@ class HonestOptunaSearch(DriverOnly, OptunaSearch):
 
     def _start(self, trial_id: str, row: Row) -> dict[str, Any]:
         self._keys[trial_id] = row.trial
+        self.alike.begun(row)
         if row.state == "waiting":
             row = self.records.update(row.trial, state="running")
         training = space.train_config(self.config, vars(row))

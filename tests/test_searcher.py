@@ -661,9 +661,26 @@ def test_trials_that_fail_alike_end_the_search_and_leave_the_others_to_be_traine
     said = "3 trials in a row failed alike: OSError: No space left: train/TRIAL/state.pt; mend that, and resume"
     assert search.over() == search.left() == said
     assert records[running].state == "running"
-    search.on_trial_result("runs", {"epoch": 5})  # too late: Tune was told that nothing more comes
+    search.on_trial_result("runs", {"epoch": 15})  # too late: Tune was told that nothing more comes
     assert search.left() == said
     assert make(Records.load(records.run), trials=50).over() is None
+
+
+def test_a_rung_that_is_told_again_is_not_come_to_once_more(records):
+    """Of unfinished trials that are resumed where none fits, three fail and the others are left to be trained."""
+    search = make(records, trials=50)
+    for index in range(5):
+        trial = suggest(search, f"id{index}")
+        records.report(trial, {"epoch": 5, "frechet": 9.0, "worker_seconds": 1.0}, None)
+    resumed = make(Records.load(records.run), trials=50)
+    for index in range(3):
+        trial = suggest(resumed, f"new{index}")
+        for _ in range(2):  # Tune tries again
+            resumed.on_trial_result(f"new{index}", {"epoch": 5})
+        resumed.records.update(trial, state="failed", reason="too little memory")
+        resumed.on_trial_complete(f"new{index}")
+    assert resumed.suggest("new3") == resumed.FINISHED
+    assert [row.state for row in resumed.records] == 3 * ["failed"] + 2 * ["running"]
 
 
 def test_a_trial_that_is_stopped_at_its_first_rung_came_to_one(records):
